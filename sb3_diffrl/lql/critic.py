@@ -1,0 +1,155 @@
+"""The critics of LQL and NC-LQL: independent Q-networks evaluated together by batched matrix products."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+#: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
+LEVEL_EMBEDDING_DIM = 16
+
+
+class StackedLinear(nn.Module):
+    """``n_models`` independent linear maps, applied by one batched product.
+
+    Weights start truncated-normal (cut at two sigma, ``sigma = 1 / sqrt(in_features)``) and biases at zero, as in the reference
+    implementation.
+
+    :param n_models: number of independent maps
+    """
+
+    def __init__(self, n_models: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        sigma = 1 / math.sqrt(max(in_features, 1))
+        weight = th.empty(n_models, in_features, out_features)
+        self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma))
+        self.bias = nn.Parameter(th.zeros(n_models, 1, out_features))
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """``(n_models, batch, in_features) -> (n_models, batch, out_features)``"""
+        return th.baddbmm(self.bias, inputs, self.weight)
+
+
+def sinusoidal_encoding(n_levels: int, dim: int = LEVEL_EMBEDDING_DIM) -> th.Tensor:
+    """Sine and cosine of the integer levels at ``dim / 2`` frequencies, scaled to unit order.
+
+    :return: ``(n_levels, dim)``, sines first
+    """
+    half = dim // 2
+    angles = np.arange(n_levels)[:, None] * 10_000.0 ** (-np.arange(half) / half)
+    return th.as_tensor(np.concatenate([np.sin(angles), np.cos(angles)], axis=1) / math.sqrt(dim), dtype=th.float32)
+
+
+class LevelEmbedding(nn.Module):
+    """Learned embedding of the noise level, one for each critic: sinusoidal encoding, then two linear layers.
+
+    :param n_models: number of critics
+    :param n_levels: number of noise levels
+    :param activation_fn: activation between the two layers
+    """
+
+    encoding: th.Tensor
+
+    def __init__(self, n_models: int, n_levels: int, activation_fn: type[nn.Module]) -> None:
+        super().__init__()
+        dim = LEVEL_EMBEDDING_DIM
+        # Not persistent: it is recomputed from n_levels, and SB3 expects every saved entry to be a weight.
+        self.register_buffer("encoding", sinusoidal_encoding(n_levels, dim), persistent=False)
+        self.hidden = StackedLinear(n_models, dim, 2 * dim)
+        self.activation = activation_fn()
+        self.output = StackedLinear(n_models, 2 * dim, dim)
+        self.n_models = n_models
+
+    def forward(self, levels: th.Tensor) -> th.Tensor:
+        """``(batch,)`` integer levels to ``(n_models, batch, LEVEL_EMBEDDING_DIM)``"""
+        encoding = self.encoding[levels].expand(self.n_models, -1, -1)
+        return self.output(self.activation(self.hidden(encoding)))
+
+
+class LangevinCritic(BaseModel):
+    r"""Q-networks :math:`Q_i(s, a, l)`, optionally conditioned on a noise level.
+
+    Each network takes the features of the observation, the action in the scaled box [-1, 1] and (with more than one noise
+    level) its own embedding of the level. The networks share the features extractor and nothing else.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param net_arch: width of each hidden layer
+    :param features_extractor: network that turns observations into features
+    :param features_dim: size of the features
+    :param activation_fn: activation between layers
+    :param normalize_images: divide images by 255
+    :param n_critics: number of Q-networks
+    :param n_levels: number of noise levels; with 1 the critic is not conditioned (LQL)
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.Mish,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        n_levels: int = 1,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
+        if n_critics < 1:
+            raise ValueError(f"`n_critics` must be at least 1, got {n_critics!r}.")
+        self.n_critics = n_critics
+        self.n_levels = n_levels
+        self.features_dim = features_dim
+        self.action_dim = get_action_dim(action_space)
+        self.level_embedding = LevelEmbedding(n_critics, n_levels, activation_fn) if n_levels > 1 else None
+        input_dim = features_dim + self.action_dim + (LEVEL_EMBEDDING_DIM if n_levels > 1 else 0)
+        widths = [input_dim, *net_arch, 1]
+        self.layers = nn.ModuleList(
+            StackedLinear(n_critics, n_in, n_out) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.activation = activation_fn()
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """Features of a batch of observations, ``(batch, features_dim)``."""
+        return self.extract_features(obs, self.features_extractor)
+
+    def q_values(self, features: th.Tensor, actions: th.Tensor, levels: th.Tensor | int | None = None) -> th.Tensor:
+        """Value of each network.
+
+        :param features: ``(batch, features_dim)``
+        :param actions: in the scaled box, ``(batch, action_dim)``
+        :param levels: noise level of the whole batch or of each row ``(batch,)``; the sharpest if ``None``
+        :return: ``(n_critics, batch)``
+        """
+        inputs = th.cat([features, actions], dim=1).expand(self.n_critics, -1, -1)
+        if self.level_embedding is not None:
+            if levels is None:
+                levels = self.n_levels - 1
+            if isinstance(levels, int):
+                levels = th.full((1,), levels, device=actions.device)
+            embedding = self.level_embedding(levels)
+            inputs = th.cat([inputs, embedding.expand(-1, len(actions), -1)], dim=2)
+        for layer in self.layers[:-1]:
+            inputs = self.activation(layer(inputs))
+        # (n_critics, batch, 1) -> (n_critics, batch)
+        q_values: th.Tensor = self.layers[-1](inputs).squeeze(-1)
+        return q_values
+
+    def forward(
+        self, obs: PyTorchObs, actions: th.Tensor, levels: th.Tensor | int | None = None
+    ) -> tuple[th.Tensor, ...]:
+        """Value of each network, in SB3's form: a tuple of ``n_critics`` tensors ``(batch, 1)``. Arguments as in :meth:`q_values`."""
+        q_values = self.q_values(self.features(obs), actions, levels)
+        return tuple(q_values.unsqueeze(-1))

@@ -1,0 +1,133 @@
+"""Langevin dynamics on a critic: noise levels, step sizes and the sampling chain.
+
+Everything here is a pure function of a Q-gradient, a start and a noise tensor. The critic, and how its gradient is
+computed, are the caller's business (see :mod:`sb3_diffrl.lql.gradients`).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch as th
+
+#: ``q_gradient(actions, level)``: the gradient of the critics' sum at ``actions`` ``(batch, action_dim)`` for one noise
+#: level, same shape as ``actions``.
+QGradient = Callable[[th.Tensor, int], th.Tensor]
+
+# Keeps the normalised drift finite where the gradient vanishes; the reference implementation's value.
+GRADIENT_EPS = 1e-8
+
+
+class ChainDraws(NamedTuple):
+    """All the randomness of one run of the chain, so that a run can be replayed.
+
+    :param start: first actions, uniform in the scaled box, ``(batch, action_dim)``
+    :param noise: standard normal, ``(n_levels, n_steps, batch, action_dim)``
+    """
+
+    start: th.Tensor
+    noise: th.Tensor
+
+
+def noise_levels(n_levels: int, sigma_max: float, sigma_min: float) -> th.Tensor:
+    """Geometric noise levels, from the smoothest to the sharpest.
+
+    :return: ``(n_levels,)``, from ``sigma_max`` (level 0) to ``sigma_min`` (level ``n_levels - 1``), in units of the
+        scaled action box [-1, 1]; a single level is ``sigma_max``
+    """
+    return th.exp(th.linspace(math.log(sigma_max), math.log(sigma_min), n_levels))
+
+
+@dataclass(frozen=True)
+class LangevinSampler:
+    r"""Unadjusted Langevin dynamics, annealed over noise levels.
+
+    One step at level :math:`l` is (Algorithm 2 of https://arxiv.org/abs/2602.07873)
+
+    .. math:: a \leftarrow \mathrm{clip}(a + \tfrac{\epsilon_l}{2} w g_l(a) + \sqrt{\epsilon_l} z, -1, 1),
+        \qquad \epsilon_l = \mathrm{step\_size} \cdot (\sigma_l / \sigma_{L-1})^2
+
+    where :math:`g_l` is the Q-gradient at level :math:`l`, divided by its own L2 norm when ``normalize_grad`` is on. With one
+    level this is plain Langevin dynamics of constant step size (Algorithm 1, LQL).
+
+    :param n_levels: number of noise levels :math:`L`
+    :param sigma_max: largest noise scale, in units of the scaled action box [-1, 1]
+    :param sigma_min: smallest noise scale, same units
+    :param n_steps: Langevin steps at each level
+    :param step_size: :math:`\epsilon` at the last level
+    :param inverse_temperature: :math:`w` of the target density :math:`\exp(w \sum_i Q_i)`. With ``normalize_grad`` it is a step
+        length, not a temperature.
+    :param normalize_grad: divide each sample's gradient by its L2 norm
+    :param n_particles: chains run for each observation, of which the best by the smallest critic is kept
+    :raises ValueError: if an argument is outside its range; the message names it
+    """
+
+    n_levels: int = 10
+    sigma_max: float = 0.1
+    sigma_min: float = 0.001
+    n_steps: int = 2
+    step_size: float = 1e-4
+    inverse_temperature: float = 500.0
+    normalize_grad: bool = True
+    n_particles: int = 1
+
+    def __post_init__(self) -> None:
+        for name, label in (("n_levels", "n_levels"), ("n_steps", "n_langevin_steps"), ("n_particles", "n_particles")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or int(value) != value or value < 1:
+                raise ValueError(f"`{label}` must be an integer of at least 1, got {value!r}.")
+        for name in ("step_size", "inverse_temperature", "sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"`sigma_min` must be smaller than `sigma_max`, got sigma_min={self.sigma_min!r} and "
+                f"sigma_max={self.sigma_max!r}: the chain anneals from sigma_max down to sigma_min."
+            )
+
+    @property
+    def sigmas(self) -> th.Tensor:
+        """Noise scale of each level, ``(n_levels,)``, from the smoothest to the sharpest."""
+        return noise_levels(self.n_levels, self.sigma_max, self.sigma_min)
+
+    @property
+    def step_sizes(self) -> list[float]:
+        """Step size of each level; the last is ``step_size``."""
+        sigmas = self.sigmas
+        return [float(size) for size in self.step_size * (sigmas / sigmas[-1]) ** 2]
+
+    def draw(
+        self,
+        batch_size: int,
+        action_dim: int,
+        device: th.device | str = "cpu",
+        generator: th.Generator | None = None,
+    ) -> ChainDraws:
+        """Draw the start and the noise of ``batch_size`` independent chains.
+
+        :param generator: source of randomness, torch's global one if ``None``
+        """
+        start = th.rand(batch_size, action_dim, device=device, generator=generator).mul_(2).sub_(1)
+        shape = (self.n_levels, self.n_steps, batch_size, action_dim)
+        return ChainDraws(start, th.randn(shape, device=device, generator=generator))
+
+    def sample(self, q_gradient: QGradient, draws: ChainDraws) -> th.Tensor:
+        """Run the chain.
+
+        :param q_gradient: gradient of the critics' sum with respect to the actions
+        :param draws: start and noise, see :class:`ChainDraws`
+        :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
+        """
+        # The names below are common to torch and numpy: a gradient may compute in numpy, which is faster on small batches.
+        xp = getattr(q_gradient, "xp", th)
+        actions, noise = draws if xp is th else (draws.start.cpu().numpy(), draws.noise.cpu().numpy())
+        for level, step_size in enumerate(self.step_sizes):
+            drift_scale = 0.5 * step_size * self.inverse_temperature
+            for step_noise in noise[level] * math.sqrt(step_size):
+                drift = q_gradient(actions, level)
+                if self.normalize_grad:
+                    drift = drift / (xp.sqrt((drift * drift).sum(-1))[:, None] + GRADIENT_EPS)
+                actions = (actions + drift * drift_scale + step_noise).clip(-1.0, 1.0)
+        return th.as_tensor(actions)

@@ -1,0 +1,540 @@
+"""LQL and NC-LQL: Q-learning whose policy is Langevin dynamics on the critic."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    RolloutReturn,
+    Schedule,
+    TrainFreq,
+)
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from torch.nn import functional as F
+
+from sb3_diffrl.lql.critic import LangevinCritic
+from sb3_diffrl.lql.env_guard import FiniteVecEnv, NonFiniteError
+from sb3_diffrl.lql.gradients import has_fast_gradient
+from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
+
+SelfLQL = TypeVar("SelfLQL", bound="LQL")
+
+Metrics = dict[str, th.Tensor]
+
+# A coordinate counts as saturated from here to the bound of the scaled box.
+SATURATION = 0.95
+# Size of the log's spread metric: states looked at, and samples drawn at each.
+SPREAD_STATES, SPREAD_SAMPLES = 16, 16
+
+
+class UpdateDraws(NamedTuple):
+    """All the randomness of one update, so that an update can be replayed.
+
+    :param chain: draws of the chain that samples the next actions
+    :param levels: noise level of each row in the smoothing loss, ``(batch,)``; ``None`` without smoothing
+    :param noise: standard normal noise on the actions there, ``(batch, action_dim)``; ``None`` without smoothing
+    """
+
+    chain: ChainDraws
+    levels: th.Tensor | None = None
+    noise: th.Tensor | None = None
+
+
+class LQL(OffPolicyAlgorithm):
+    r"""Langevin Q-learning (LQL): the policy is :math:`\exp(w \sum_i Q_i(s, \cdot))`, sampled by Langevin dynamics on the critic.
+
+    Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873.
+    Reference implementation (JAX): https://github.com/ku-dmlab/NCLQL.
+
+    There is no actor. :class:`NCLQL` is the same with a noise-conditioned critic, which lets the chain cross between the modes of Q;
+    it is the better choice unless you study the difference.
+
+    :param policy: policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: environment to learn from (if registered in Gymnasium, can be a string); its action space is a bounded Box
+    :param learning_rate: learning rate of the critics' optimiser, constant or a function of the remaining progress (1 to 0)
+    :param buffer_size: size of the replay buffer
+    :param learning_starts: env steps of uniformly random actions before the first update
+    :param batch_size: minibatch size of an update
+    :param tau: coefficient of the soft update of the target critics (between 0 and 1)
+    :param gamma: discount factor
+    :param train_freq: update every ``train_freq`` steps, or a tuple such as ``(5, "step")`` or ``(2, "episode")``
+    :param gradient_steps: updates after each rollout (see ``train_freq``); ``-1`` for as many as env steps
+    :param action_noise: noise added to the sampled action; ``None`` by default, as the policy is already stochastic
+    :param replay_buffer_class: replay buffer class (for instance ``HerReplayBuffer``), automatic if ``None``
+    :param replay_buffer_kwargs: keyword arguments of the replay buffer
+    :param optimize_memory_usage: memory-efficient variant of the replay buffer
+    :param n_steps: length of the n-step return
+    :param stats_window_size: number of episodes that the rollout statistics are averaged over
+    :param tensorboard_log: log location for TensorBoard (no logging if ``None``)
+    :param policy_kwargs: keyword arguments of the policy (``net_arch``, ``n_critics``, ...), see
+        :class:`~sb3_diffrl.lql.policies.LangevinPolicy`
+    :param verbose: 0 for no output, 1 for information, 2 for debug messages
+    :param seed: seed of the pseudo-random generators
+    :param device: device (cpu, cuda, ...); ``auto`` uses the GPU if possible
+    :param n_langevin_steps: Langevin steps in a chain
+    :param step_size: step size :math:`\epsilon` of the chain, in squared units of the scaled action box [-1, 1]
+    :param inverse_temperature: :math:`w`; with ``normalize_grad`` a step length rather than an inverse temperature
+    :param normalize_grad: divide the Q-gradient by its L2 norm at each step (the paper's practice). Off, the chain samples
+        :math:`\exp(w \sum_i Q_i)`.
+    :param n_particles: chains run for each action, of which the best by the smallest critic is kept
+    :param reward_scale: factor on the rewards in the TD target; Q-values are in units of scaled rewards
+    :param _init_setup_model: whether to build the networks at once
+    :raises ValueError: if an argument is outside its range; the message names it
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: LangevinPolicy
+    critic: LangevinCritic
+    critic_target: LangevinCritic
+
+    def __init__(
+        self,
+        policy: str | type[LangevinPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        n_langevin_steps: int = 20,
+        step_size: float = 1e-3,
+        inverse_temperature: float = 500.0,
+        normalize_grad: bool = True,
+        n_particles: int = 1,
+        reward_scale: float = 1.0,
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.n_langevin_steps = n_langevin_steps
+        self.step_size = step_size
+        self.inverse_temperature = inverse_temperature
+        self.normalize_grad = normalize_grad
+        self.n_particles = n_particles
+        self.reward_scale = reward_scale
+        self._guarded_env: FiniteVecEnv | None = None
+        self._logged_obs: th.Tensor | dict[str, th.Tensor] | None = None
+        if _init_setup_model:
+            self._setup_model()
+
+    def _make_sampler(self) -> LangevinSampler:
+        return LangevinSampler(
+            n_levels=1,
+            n_steps=self.n_langevin_steps,
+            step_size=self.step_size,
+            inverse_temperature=self.inverse_temperature,
+            normalize_grad=self.normalize_grad,
+            n_particles=self.n_particles,
+        )
+
+    def _setup_model(self) -> None:
+        check_scalable(self.action_space)
+        if not (math.isfinite(self.reward_scale) and self.reward_scale > 0):
+            raise ValueError(f"`reward_scale` must be positive and finite, got {self.reward_scale!r}.")
+        # The policy takes the sampler as an argument, but it is not one of the user's own, which are the ones saved.
+        users_policy_kwargs = self.policy_kwargs
+        self.policy_kwargs = {**users_policy_kwargs, "sampler": self._make_sampler()}
+        super()._setup_model()
+        self.policy_kwargs = users_policy_kwargs
+        self.actor = self.policy
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        if self.verbose >= 1:
+            kind = "hand-written" if has_fast_gradient(self.critic) else "automatic"
+            print(f"Langevin chain on the {kind} gradient of the critic")
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """Do ``gradient_steps`` updates on minibatches from the replay buffer, and log their mean metrics."""
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.critic.optimizer)
+
+        metrics: list[Metrics] = []
+        for _ in range(gradient_steps):
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+            metrics.append(self.update(replay_data, self.draw(batch_size)))
+        self._logged_obs = replay_data.observations
+        self._n_updates += gradient_steps
+
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name in metrics[0]:
+            self.logger.record(f"train/{name}", th.stack([metric[name] for metric in metrics]).mean().item())
+
+    def draw(self, batch_size: int) -> UpdateDraws:
+        """Draw the randomness of one update from torch's global generator."""
+        sampler = self.policy.sampler
+        return UpdateDraws(sampler.draw(sampler.n_particles * batch_size, self.critic.action_dim, self.device))
+
+    def update(self, replay_data: ReplayBufferSamples, draws: UpdateDraws) -> Metrics:
+        """One update.
+
+        :param replay_data: minibatch, actions in the scaled box
+        :param draws: the randomness, as :meth:`draw` gives it
+        :return: metrics, scalar tensors by name
+        """
+        next_actions = self.policy.sample_actions(replay_data.next_observations, draws.chain)
+        q_values = self._q_values(replay_data)
+        loss, metrics = self._td_loss(q_values, replay_data, next_actions)
+        metrics["grad_norm"] = self._optimise(loss)
+        self._update_target()
+        return metrics
+
+    def _q_values(
+        self, replay_data: ReplayBufferSamples, actions: th.Tensor | None = None, levels: th.Tensor | None = None
+    ) -> th.Tensor:
+        # (n_critics, batch), at the batch's actions and the sharpest level unless told otherwise
+        features = self.critic.features(replay_data.observations)
+        return self.critic.q_values(features, replay_data.actions if actions is None else actions, levels)
+
+    def _td_loss(
+        self, q_values: th.Tensor, replay_data: ReplayBufferSamples, next_actions: th.Tensor
+    ) -> tuple[th.Tensor, Metrics]:
+        """Squared TD error, summed over critics.
+
+        :param q_values: at the batch's actions, ``(n_critics, batch)``
+        :param next_actions: drawn at the next observations, ``(batch, action_dim)``
+        """
+        discounts = self.gamma if replay_data.discounts is None else replay_data.discounts.flatten()
+        with th.no_grad():
+            next_features = self.critic_target.features(replay_data.next_observations)
+            next_q = self.critic_target.q_values(next_features, next_actions).amin(dim=0)
+            rewards, dones = replay_data.rewards.flatten(), replay_data.dones.flatten()
+            target = self.reward_scale * rewards + discounts * (1 - dones) * next_q
+        loss = F.mse_loss(q_values, target.expand_as(q_values), reduction="none").mean(dim=1).sum()
+        return loss, {
+            "td_loss": loss.detach() / self.critic.n_critics,
+            "q_mean": q_values.detach().mean(),
+            "action_saturation": (next_actions.abs() >= SATURATION).float().mean(),
+        }
+
+    def _optimise(self, loss: th.Tensor) -> th.Tensor:
+        # Returns the norm of the gradient
+        self.critic.optimizer.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad for parameter in self.critic.parameters() if parameter.grad is not None]
+        self.critic.optimizer.step()
+        return th.nn.utils.get_total_norm(gradients)
+
+    def _update_target(self) -> None:
+        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        # Running statistics are copied as they are, see https://github.com/DLR-RM/stable-baselines3/issues/996
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    def action_spread(self, obs: th.Tensor | dict[str, th.Tensor], n_samples: int = SPREAD_SAMPLES) -> float:
+        """How much repeated samples at one observation differ: whether the policy still explores.
+
+        Draws from a generator of its own, so that looking at it does not change the run.
+
+        :param obs: preprocessed batch of observations
+        :param n_samples: samples drawn at each
+        :return: standard deviation over the samples, mean over observations and coordinates, in units of the scaled box [-1, 1]
+        """
+        generator = th.Generator(self.device).manual_seed(self._n_updates)
+        if isinstance(obs, dict):
+            repeated: th.Tensor | dict[str, th.Tensor] = {k: v.repeat_interleave(n_samples, 0) for k, v in obs.items()}
+        else:
+            repeated = obs.repeat_interleave(n_samples, 0)
+        actions = self.policy.sample_actions(repeated, generator=generator)
+        # (batch * n_samples, action_dim) -> (batch, n_samples, action_dim)
+        return float(actions.view(-1, n_samples, actions.shape[1]).std(dim=1).mean())
+
+    def dump_logs(self) -> None:
+        """Write the logs, with the spread of the policy's samples at a few states of the last minibatch."""
+        if self._logged_obs is not None:
+            obs = self._logged_obs
+            few = {k: v[:SPREAD_STATES] for k, v in obs.items()} if isinstance(obs, dict) else obs[:SPREAD_STATES]
+            self.logger.record("train/action_spread", self.action_spread(few))
+        super().dump_logs()
+
+    def learn(
+        self: SelfLQL,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "LQL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfLQL:
+        """Learn from ``total_timesteps`` env steps; arguments as in every SB3 algorithm.
+
+        :raises NonFiniteError: if the env gives a NaN or infinite observation or reward; the model and its replay buffer are as they
+            were before that step
+        """
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _guard(self) -> FiniteVecEnv:
+        assert self.env is not None
+        if self._guarded_env is None or self._guarded_env.venv is not self.env:
+            self._guarded_env = FiniteVecEnv(self.env)
+        return self._guarded_env
+
+    @contextmanager
+    def _fault_handling(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError as error:
+            # The env is past the fault: the next learn() starts a new episode.
+            self._last_obs = None
+            if isinstance(self.replay_buffer, HerReplayBuffer):
+                self.replay_buffer.truncate_last_trajectory()
+            raise NonFiniteError(
+                f"At env step {self.num_timesteps}, {error}. The step was not stored and nothing was learned from it: the model and "
+                "its replay buffer can be saved, and `learn(..., reset_num_timesteps=False)` continues from a new episode."
+            ) from None
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        assert self.env is not None, "Set an environment with `set_env()` before calling `learn()`."
+        guard = self._guard()
+        with self._fault_handling(), guard.undo_on_error():
+            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+            assert self._last_obs is not None
+            guard.check_obs(self._last_obs)
+        return result
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """SB3's, with the env guarded against NaN and infinite numbers."""
+        with self._fault_handling():
+            return super().collect_rollouts(
+                self._guard(), callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+            )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_guarded_env", "_logged_obs"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "critic.optimizer"], []
+
+
+class NCLQL(LQL):
+    r"""Noise-conditioned Langevin Q-learning (NC-LQL).
+
+    Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873, Algorithm 2.
+    Reference implementation (JAX): https://github.com/ku-dmlab/NCLQL.
+
+    The critic :math:`Q(s, a, l)` also learns itself smoothed by Gaussian noise of scale :math:`\sigma_l` on the action. The chain
+    anneals from the smoothest level, where it crosses between modes, to the sharpest, where it refines.
+
+    Arguments and errors are those of :class:`LQL`, and:
+
+    :param n_levels: number of noise levels :math:`L`
+    :param sigma_max: largest noise scale, in units of the scaled action box [-1, 1]
+    :param sigma_min: smallest noise scale, same units
+    :param n_langevin_steps: Langevin steps at each level
+    :param step_size: step size at the last level; at level :math:`l` it is :math:`(\sigma_l / \sigma_{L-1})^2` times that
+    """
+
+    def __init__(
+        self,
+        policy: str | type[LangevinPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        n_levels: int = 10,
+        sigma_max: float = 0.1,
+        sigma_min: float = 0.001,
+        n_langevin_steps: int = 2,
+        step_size: float = 1e-4,
+        inverse_temperature: float = 500.0,
+        normalize_grad: bool = True,
+        n_particles: int = 1,
+        reward_scale: float = 1.0,
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class,
+            replay_buffer_kwargs,
+            optimize_memory_usage,
+            n_steps,
+            stats_window_size,
+            tensorboard_log,
+            policy_kwargs,
+            verbose,
+            seed,
+            device,
+            n_langevin_steps,
+            step_size,
+            inverse_temperature,
+            normalize_grad,
+            n_particles,
+            reward_scale,
+            _init_setup_model=False,
+        )
+        self.n_levels = n_levels
+        self.sigma_max = sigma_max
+        self.sigma_min = sigma_min
+        if _init_setup_model:
+            self._setup_model()
+
+    def _make_sampler(self) -> LangevinSampler:
+        return replace(
+            super()._make_sampler(), n_levels=self.n_levels, sigma_max=self.sigma_max, sigma_min=self.sigma_min
+        )
+
+    def draw(self, batch_size: int) -> UpdateDraws:
+        """Draw the randomness of one update from torch's global generator."""
+        draws = super().draw(batch_size)
+        if self.n_levels == 1:  # nothing to smooth: LQL
+            return draws
+        levels = th.randint(self.n_levels - 1, (batch_size,), device=self.device)
+        return draws._replace(levels=levels, noise=th.randn(batch_size, self.critic.action_dim, device=self.device))
+
+    def update(self, replay_data: ReplayBufferSamples, draws: UpdateDraws) -> Metrics:
+        """One update.
+
+        :param replay_data: minibatch, actions in the scaled box
+        :param draws: the randomness, as :meth:`draw` gives it
+        :return: metrics, scalar tensors by name
+        """
+        next_actions = self.policy.sample_actions(replay_data.next_observations, draws.chain)
+        q_values = self._q_values(replay_data)
+        loss, metrics = self._td_loss(q_values, replay_data, next_actions)
+        metrics["grad_norm"] = self._optimise(loss)
+        if draws.levels is not None and draws.noise is not None:
+            # The target of the smoothing step is the critics' mean before the TD step
+            loss, smoothing_metrics = self._smoothing_loss(q_values.detach().mean(dim=0), replay_data, draws.levels, draws.noise)
+            self._optimise(loss)
+            metrics.update(smoothing_metrics)
+        self._update_target()
+        return metrics
+
+    def _smoothing_loss(
+        self, mean_q: th.Tensor, replay_data: ReplayBufferSamples, levels: th.Tensor, noise: th.Tensor
+    ) -> tuple[th.Tensor, Metrics]:
+        """Squared distance of the noisy-level critics to the sharpest level's mean, summed over critics.
+
+        :param mean_q: mean over critics at the sharpest level and the batch's actions, ``(batch,)``
+        :param levels: noise level of each row, ``(batch,)``
+        :param noise: standard normal, ``(batch, action_dim)``
+        """
+        sigmas = self.policy.sampler.sigmas.to(self.device)[levels].unsqueeze(1)
+        q_values = self._q_values(replay_data, replay_data.actions + sigmas * noise, levels)
+        loss = F.mse_loss(q_values, mean_q.expand_as(q_values), reduction="none").mean(dim=1).sum()
+        return loss, {"smoothing_loss": loss.detach() / self.critic.n_critics}
+
+    def learn(
+        self: SelfLQL,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "NCLQL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfLQL:
+        """Learn from ``total_timesteps`` env steps, see :meth:`LQL.learn`."""
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+
+def check_scalable(action_space: spaces.Space[Any]) -> None:
+    """Check that every action coordinate has room between its bounds, so that it can be scaled to [-1, 1].
+
+    :raises ValueError: naming the coordinates
+    """
+    if isinstance(action_space, spaces.Box) and not (action_space.low < action_space.high).all():
+        where = [tuple(int(i) for i in index) for index in zip(*(~(action_space.low < action_space.high)).nonzero(), strict=True)]
+        raise ValueError(
+            f"The action space {action_space} has coordinates whose low is not below their high, at {where}: a Langevin chain needs "
+            "room to move. Remove those coordinates with an action wrapper."
+        )

@@ -1,0 +1,280 @@
+"""Policies of LQL and NC-LQL: a critic, its target, and the sampler that draws actions from it."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_diffrl.lql.critic import LangevinCritic
+from sb3_diffrl.lql.gradients import has_fast_gradient, make_q_gradient
+from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+
+# Seeds the start and the noise of deterministic actions: part of the policy's definition, so it never changes.
+DETERMINISTIC_SEED = 0
+
+
+class LangevinPolicy(BasePolicy):
+    r"""Policy without an actor: actions are drawn from :math:`\exp(w \sum_i Q_i(s, \cdot))` by Langevin dynamics on the critic.
+
+    :param observation_space: observation space
+    :param action_space: bounded Box
+    :param lr_schedule: learning rate as a function of the remaining progress (1 to 0)
+    :param net_arch: width of each hidden layer of a critic, ``[256, 256, 256]`` if ``None``; of a dictionary, the ``qf`` entry
+    :param activation_fn: activation of the critics
+    :param features_extractor_class: features extractor to use
+    :param features_extractor_kwargs: its keyword arguments
+    :param normalize_images: divide images by 255
+    :param optimizer_class: optimiser of the critics
+    :param optimizer_kwargs: its keyword arguments, without the learning rate
+    :param n_critics: number of critics
+    :param sampler: sampler of the actions; its ``n_levels`` is the critic's, too
+    """
+
+    critic: LangevinCritic
+    critic_target: LangevinCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Mish,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        sampler: LangevinSampler | None = None,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.net_arch = [256, 256, 256] if net_arch is None else net_arch
+        self.activation_fn = activation_fn
+        self.n_critics = n_critics
+        self.sampler = LangevinSampler() if sampler is None else sampler
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.critic = self.make_critic()
+        self.critic_target = self.make_critic()
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.set_training_mode(False)
+        # Where SB3 looks for it. A plain reference: registering the module a second time would save its weights twice.
+        self.__dict__["features_extractor"] = self.critic.features_extractor
+        optimizer_kwargs = self.optimizer_kwargs
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in optimizer_kwargs:
+            # One kernel instead of ten calls for each parameter: a millisecond an update on a CPU
+            optimizer_kwargs = {"fused": True, **optimizer_kwargs}
+        self.critic.optimizer = self.optimizer_class(
+            self.critic.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **optimizer_kwargs,
+        )
+
+    def make_critic(self) -> LangevinCritic:
+        """Build the critics. Override this to use a critic of your own, a subclass of :class:`LangevinCritic`."""
+        extractor = self.make_features_extractor()
+        return LangevinCritic(
+            self.observation_space,
+            self.action_space,  # type: ignore[arg-type]
+            net_arch=get_actor_critic_arch(self.net_arch)[1],
+            features_extractor=extractor,
+            features_dim=extractor.features_dim,
+            activation_fn=self.activation_fn,
+            normalize_images=self.normalize_images,
+            n_critics=self.n_critics,
+            n_levels=self.sampler.n_levels,
+        )
+
+    @property
+    def actor(self) -> "LangevinPolicy":
+        """The policy itself: it takes the place of the actor in code written for SB3's actor-critic agents."""
+        return self
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            net_arch=self.net_arch,
+            activation_fn=self.activation_fn,
+            lr_schedule=self._dummy_schedule,  # not needed to predict
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            n_critics=self.n_critics,
+            sampler=self.sampler,
+        )
+        return data
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Put the critic (never its target) in training or evaluation mode: it matters to batch norm and dropout."""
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """Actions in the scaled box [-1, 1], ``(batch, action_dim)``."""
+        return self._predict(obs, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.deterministic_actions(observation) if deterministic else self.sample_actions(observation)
+
+    @th.no_grad()
+    def sample_actions(
+        self, obs: PyTorchObs, draws: ChainDraws | None = None, generator: th.Generator | None = None
+    ) -> th.Tensor:
+        """Draw actions from the soft policy.
+
+        :param obs: preprocessed batch of observations, as :meth:`obs_to_tensor` gives them
+        :param draws: start and noise of ``n_particles * batch`` chains, particle by particle; drawn here if ``None``
+        :param generator: where to draw them from, torch's global generator if ``None``
+        :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
+        """
+        features = self.critic.features(obs)
+        if draws is None:
+            n_chains = self.sampler.n_particles * len(features)
+            draws = self.sampler.draw(n_chains, self.critic.action_dim, features.device, generator)
+        return self._run_chains(features, draws)
+
+    @th.no_grad()
+    def deterministic_actions(self, obs: PyTorchObs) -> th.Tensor:
+        """One fixed action for each observation: the chain with the same start and noise for every observation.
+
+        The result for an observation does not depend on the others in the batch, nor on the call. Early Langevin steps are long
+        and can turn a rounding difference into another action, so the chain runs in double precision where it may be batched,
+        and row by row where features or gradients come from somebody else's network.
+
+        :param obs: preprocessed batch of observations
+        :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
+        """
+        exact = has_fast_gradient(self.critic) and not any(True for _ in self.critic.features_extractor.parameters())
+        if exact and self.device.type != "mps":  # which has no double precision
+            return self._run_fixed_chains(self.critic.features(obs), th.float64)
+        rows = _split_rows(obs)
+        return th.cat([self._run_fixed_chains(self.critic.features(row)) for row in rows])
+
+    def _run_fixed_chains(self, features: th.Tensor, dtype: th.dtype | None = None) -> th.Tensor:
+        generator = th.Generator().manual_seed(DETERMINISTIC_SEED)
+        n_particles, batch = self.sampler.n_particles, len(features)
+        start, noise = self.sampler.draw(n_particles, self.critic.action_dim, generator=generator)
+        # (..., n_particles, action_dim) -> (..., n_particles * batch, action_dim): every observation gets the same
+        draws = ChainDraws(start.repeat_interleave(batch, dim=-2), noise.repeat_interleave(batch, dim=-2))
+        draws = ChainDraws(*(draw.to(features.device, dtype) for draw in draws))
+        return self._run_chains(features, draws, dtype)
+
+    def _run_chains(self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None = None) -> th.Tensor:
+        n_particles = self.sampler.n_particles
+        # (batch, features_dim) -> (n_particles * batch, features_dim)
+        features = features.repeat(n_particles, 1)
+        actions = self.sampler.sample(make_q_gradient(self.critic, features, dtype), draws).to(features.dtype)
+        if n_particles == 1:
+            return actions
+        # Keep the particle with the largest min-over-critics value at the sharpest level
+        q_values = self.critic.q_values(features, actions).amin(dim=0)
+        best = q_values.view(n_particles, -1).argmax(dim=0)
+        # (n_particles * batch, action_dim) -> (batch, action_dim)
+        return actions.view(n_particles, -1, actions.shape[1])[best, th.arange(len(best), device=best.device)]
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """Rescale the action from [-1, 1] to [low, high], never outside by a rounding error."""
+        assert isinstance(self.action_space, spaces.Box)
+        action = np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
+        return action.astype(self.action_space.dtype)
+
+
+def _split_rows(obs: PyTorchObs) -> list[PyTorchObs]:
+    if isinstance(obs, dict):
+        batch = len(next(iter(obs.values())))
+        return [{key: value[i : i + 1] for key, value in obs.items()} for i in range(batch)]
+    return list(obs.split(1))
+
+
+MlpPolicy = LangevinPolicy
+
+
+class CnnPolicy(LangevinPolicy):
+    """:class:`LangevinPolicy` for images: ``NatureCNN`` is the default features extractor. Arguments as there."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Mish,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        sampler: LangevinSampler | None = None,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+            n_critics,
+            sampler,
+        )
+
+
+class MultiInputPolicy(LangevinPolicy):
+    """:class:`LangevinPolicy` for Dict observations: ``CombinedExtractor`` is the default features extractor. Arguments as there."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Mish,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        sampler: LangevinSampler | None = None,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            activation_fn,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
+            n_critics,
+            sampler,
+        )
