@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import numpy as np
 import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -35,7 +36,7 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"nclql": NCLQL, "lql": LQL, "sac":
 # The reduced set-up of the reference's curves: three hidden layers of 64, batches of 64, 5000 random steps.
 SMALL: dict[str, Any] = {"batch_size": 64, "learning_starts": 5_000, "policy_kwargs": {"net_arch": [64, 64, 64]}}
 # The authors' settings, where they are not the package's defaults
-PAPER: dict[str, Any] = {"learning_rate": 1e-4, "reward_scale": 0.2}
+PAPER: dict[str, Any] = {"learning_rate": 1e-4}
 PENDULUM: dict[str, Any] = {"batch_size": 64, "learning_starts": 1_000, "policy_kwargs": {"net_arch": [64, 64, 64]}, "tau": 0.02}
 
 # name: (algorithm, arguments)
@@ -75,7 +76,7 @@ class Evaluation(BaseCallback):
             self.model, self.eval_env, self.n_episodes, deterministic=True, return_episode_rewards=True, warn=False
         )
         with self.path.open("a", newline="") as file:
-            for episode, (value, length) in enumerate(zip(returns, lengths, strict=True)):
+            for episode, (value, length) in enumerate(zip(np.array(returns), np.array(lengths), strict=True)):
                 csv.writer(file).writerow([self.num_timesteps, episode, f"{value:.3f}", length, f"{seconds:.1f}"])
         self.model.policy.set_training_mode(False)
         self.evaluating += time.perf_counter() - begin
@@ -117,7 +118,7 @@ def main() -> None:
     kwargs = {**kwargs, **args.override}
     name = args.name or f"{args.setup}-{args.env}-s{args.seed}"
     args.out.mkdir(parents=True, exist_ok=True)
-    model = ALGORITHMS[algorithm]("MlpPolicy", args.env, seed=args.seed, device="cpu", **kwargs)  # type: ignore[call-arg]
+    model = ALGORITHMS[algorithm]("MlpPolicy", args.env, seed=args.seed, device="cpu", **kwargs)
     described = {"algorithm": algorithm, "env": args.env, "seed": args.seed, "steps": args.steps, **kwargs}
     (args.out / f"{name}.json").write_text(json.dumps(metadata(described), indent=2) + "\n")
     callback = Evaluation(args.out / f"{name}.csv", args.env, args.seed, args.eval_freq, args.eval_episodes)

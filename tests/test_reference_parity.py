@@ -43,7 +43,7 @@ def n_critics(golden: Golden) -> int:
 def layers(critic: LangevinCritic) -> list[StackedLinear]:
     """In the order of the reference's names: the level embedding, then the network."""
     assert critic.level_embedding is not None
-    return [critic.level_embedding.hidden, critic.level_embedding.output, *critic.layers]  # type: ignore[list-item]
+    return [critic.level_embedding.hidden, critic.level_embedding.output, *critic.layers]
 
 
 def name(index: int) -> str:
@@ -148,8 +148,9 @@ def test_five_updates(path: Path) -> None:
         metrics = model.update(batch, draws)
 
         critics = range(1, n_critics(golden) + 1)
-        for metric, key in (("q_mean", "q{}"), ("td_loss", "td_q{}_loss"), ("smoothing_loss", "qt{}_loss")):
-            expected = np.mean([float(golden[f"{at}/info_" + key.format(i)]) for i in critics])
+        unit = model.reward_scale  # of the reference's Q: scaled rewards
+        for metric, key, scale in (("q_mean", "q{}", unit), ("td_loss", "td_q{}_loss", 1), ("smoothing_loss", "qt{}_loss", 1)):
+            expected = np.mean([float(golden[f"{at}/info_" + key.format(i)]) for i in critics]) / scale
             np.testing.assert_allclose(float(metrics[metric]), expected, rtol=1e-4, atol=1e-6)
         for prefix, critic in (("q", model.critic), ("target_q", model.critic_target)):
             if f"{at}/{prefix}1/linear/w" not in golden:

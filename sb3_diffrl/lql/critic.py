@@ -1,5 +1,6 @@
 """The critics of LQL and NC-LQL: independent Q-networks evaluated together by batched matrix products."""
 
+import itertools
 import math
 from typing import Any
 
@@ -11,6 +12,8 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+
+from sb3_diffrl.lql.activations import Mish
 
 #: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
 LEVEL_EMBEDDING_DIM = 16
@@ -47,6 +50,11 @@ def sinusoidal_encoding(n_levels: int, dim: int = LEVEL_EMBEDDING_DIM) -> th.Ten
     return th.as_tensor(np.concatenate([np.sin(angles), np.cos(angles)], axis=1) / math.sqrt(dim), dtype=th.float32)
 
 
+def make_activation(activation_fn: type[nn.Module]) -> nn.Module:
+    """An activation layer, with a faster one in the place of ``torch.nn.Mish``."""
+    return Mish() if activation_fn is nn.Mish else activation_fn()
+
+
 class LevelEmbedding(nn.Module):
     """Learned embedding of the noise level, one for each critic: sinusoidal encoding, then two linear layers.
 
@@ -63,14 +71,15 @@ class LevelEmbedding(nn.Module):
         # Not persistent: it is recomputed from n_levels, and SB3 expects every saved entry to be a weight.
         self.register_buffer("encoding", sinusoidal_encoding(n_levels, dim), persistent=False)
         self.hidden = StackedLinear(n_models, dim, 2 * dim)
-        self.activation = activation_fn()
+        self.activation = make_activation(activation_fn)
         self.output = StackedLinear(n_models, 2 * dim, dim)
         self.n_models = n_models
 
     def forward(self, levels: th.Tensor) -> th.Tensor:
         """``(batch,)`` integer levels to ``(n_models, batch, LEVEL_EMBEDDING_DIM)``"""
         encoding = self.encoding[levels].expand(self.n_models, -1, -1)
-        return self.output(self.activation(self.hidden(encoding)))
+        embedding: th.Tensor = self.output(self.activation(self.hidden(encoding)))
+        return embedding
 
 
 class LangevinCritic(BaseModel):
@@ -104,9 +113,7 @@ class LangevinCritic(BaseModel):
         n_critics: int = 2,
         n_levels: int = 1,
     ) -> None:
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
+        super().__init__(observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images)
         if n_critics < 1:
             raise ValueError(f"`n_critics` must be at least 1, got {n_critics!r}.")
         self.n_critics = n_critics
@@ -116,10 +123,8 @@ class LangevinCritic(BaseModel):
         self.level_embedding = LevelEmbedding(n_critics, n_levels, activation_fn) if n_levels > 1 else None
         input_dim = features_dim + self.action_dim + (LEVEL_EMBEDDING_DIM if n_levels > 1 else 0)
         widths = [input_dim, *net_arch, 1]
-        self.layers = nn.ModuleList(
-            StackedLinear(n_critics, n_in, n_out) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
-        )
-        self.activation = activation_fn()
+        self.layers = nn.ModuleList(StackedLinear(n_critics, n_in, n_out) for n_in, n_out in itertools.pairwise(widths))
+        self.activation = make_activation(activation_fn)
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """Features of a batch of observations, ``(batch, features_dim)``."""
@@ -147,9 +152,7 @@ class LangevinCritic(BaseModel):
         q_values: th.Tensor = self.layers[-1](inputs).squeeze(-1)
         return q_values
 
-    def forward(
-        self, obs: PyTorchObs, actions: th.Tensor, levels: th.Tensor | int | None = None
-    ) -> tuple[th.Tensor, ...]:
-        """Value of each network, in SB3's form: a tuple of ``n_critics`` tensors ``(batch, 1)``. Arguments as in :meth:`q_values`."""
+    def forward(self, obs: PyTorchObs, actions: th.Tensor, levels: th.Tensor | int | None = None) -> tuple[th.Tensor, ...]:
+        """Value of each network, as SB3 gives them: ``n_critics`` tensors ``(batch, 1)``. Arguments as in :meth:`q_values`."""
         q_values = self.q_values(self.features(obs), actions, levels)
         return tuple(q_values.unsqueeze(-1))

@@ -3,74 +3,18 @@
 :func:`make_q_gradient` picks the fastest implementation that the critic allows; all give the same numbers up to rounding.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
 from torch import nn
 
-from sb3_diffrl.lql.critic import LangevinCritic
+from sb3_diffrl.lql.activations import KERNELS, Array, constants
+from sb3_diffrl.lql.critic import LangevinCritic, StackedLinear
 from sb3_diffrl.lql.langevin import QGradient
 
-# The hand-written gradient is spelt in the names that torch and numpy share, so that one text serves both: `xp` is the module and
-# arrays are its own. On small batches the time goes into calls rather than arithmetic, and numpy's are three times cheaper.
-Array = Any
-SMALL = 32_768  # activations per layer up to which numpy is faster on a CPU (measured, benchmarks/speed)
-
-
-
-class Constants(NamedTuple):
-    """Numbers as zero-dimensional arrays: a Python number costs a torch call more than the arithmetic does."""
-
-    zero: Array
-    one: Array
-    two: Array
-    twenty: Array
-    eighty: Array
-
-
-# kernel(xp, c, z, value, slope, scratch): writes the activation of `z` into `value` (unless None) and its derivative into `slope`.
-# The arrays are of one shape and share no memory. They are reused because allocating costs as much as the arithmetic.
-ActivationKernel = Callable[[Any, Constants, Array, Array, Array, Array], None]
-
-
-def _mish(xp: Any, c: Constants, z: Array, value: Array, slope: Array, scratch: Array) -> None:
-    # With u = exp(z), m = 1 + u and r = 2 / (1 + m^2): tanh(softplus(z)) = 1 - r, of derivative u m r^2.
-    # One transcendental function instead of three; beyond 20, mish(z) = z to the last bit.
-    u = xp.exp(xp.minimum(z, c.twenty, out=scratch), out=scratch)
-    m = xp.add(u, c.one, out=slope)
-    um = xp.multiply(u, m, out=scratch)
-    m_squared = xp.multiply(m, m, out=slope)
-    r = xp.divide(c.two, xp.add(m_squared, c.one, out=slope), out=slope)
-    derivative = xp.multiply(xp.multiply(um, r, out=scratch), r, out=scratch)
-    tanh = xp.subtract(c.one, r, out=slope)
-    if value is not None:
-        xp.multiply(z, tanh, out=value)
-    xp.add(tanh, xp.multiply(z, derivative, out=scratch), out=slope)
-
-
-def _relu(xp: Any, c: Constants, z: Array, value: Array, slope: Array, scratch: Array) -> None:
-    positive = xp.maximum(z, c.zero, out=scratch if value is None else value)
-    xp.sign(positive, out=slope)
-
-
-def _tanh(xp: Any, c: Constants, z: Array, value: Array, slope: Array, scratch: Array) -> None:
-    tanh = xp.tanh(z, out=scratch if value is None else value)
-    xp.subtract(c.one, xp.multiply(tanh, tanh, out=slope), out=slope)
-
-
-def _silu(xp: Any, c: Constants, z: Array, value: Array, slope: Array, scratch: Array) -> None:
-    # silu(z) = z s with s the sigmoid, of derivative s + z s (1 - s) = z s + s (1 - z s). The bound keeps exp finite.
-    exponential = xp.exp(xp.minimum(xp.negative(z, out=scratch), c.eighty, out=scratch), out=scratch)
-    sigmoid = xp.divide(c.one, xp.add(exponential, c.one, out=scratch), out=scratch)
-    silu = xp.multiply(z, sigmoid, out=slope)
-    if value is not None:
-        value[...] = silu
-    xp.add(silu, xp.multiply(sigmoid, c.one - silu, out=scratch), out=slope)
-
-
-KERNELS: dict[type[nn.Module], ActivationKernel] = {nn.Mish: _mish, nn.ReLU: _relu, nn.Tanh: _tanh, nn.SiLU: _silu}
+# Activations per layer up to which numpy is faster than torch on a CPU
+SMALL = 32_768
 
 
 def has_fast_gradient(critic: nn.Module) -> bool:
@@ -93,6 +37,7 @@ class AutogradQGradient:
         self.features = features.detach()
 
     def __call__(self, actions: th.Tensor, level: int) -> th.Tensor:
+        """Gradient at ``actions`` ``(batch, action_dim)``, same shape."""
         # SB3 predicts under no_grad: open the gradient for this computation alone.
         with th.enable_grad():
             actions = actions.detach().requires_grad_()
@@ -114,10 +59,11 @@ class StackedMlpQGradient:
     @th.no_grad()
     def __init__(self, critic: LangevinCritic, features: th.Tensor, dtype: th.dtype | None = None) -> None:
         dtype = features.dtype if dtype is None else dtype
-        weights = [layer.weight.detach().to(dtype) for layer in critic.layers]
-        biases = [layer.bias.detach().to(dtype) for layer in critic.layers]
+        layers = [layer for layer in critic.layers if isinstance(layer, StackedLinear)]
+        weights = [layer.weight.detach().to(dtype) for layer in layers]
+        biases = [layer.bias.detach().to(dtype) for layer in layers]
         split = [critic.features_dim, critic.action_dim, weights[0].shape[1] - critic.features_dim - critic.action_dim]
-        from_features, from_action, from_level = weights[0].split(split, dim=1)
+        from_features, from_action, from_level = th.split(weights[0], split, dim=1)
         # First layer without its action part: (n_critics, batch, width), and by level (n_levels, n_critics, batch, width)
         first = th.baddbmm(biases[0], features.to(dtype).expand(critic.n_critics, -1, -1), from_features)
         level_terms = [th.zeros((), dtype=dtype, device=features.device)]
@@ -131,17 +77,19 @@ class StackedMlpQGradient:
         self.xp: Any = np if numpy else th
         self.first, *self.biases = map(self.array, [first, *biases[1:]])
         self.level_terms = [self.array(term) for term in level_terms]
-        self.weights = [self.array(weight) for weight in [from_action, *weights[1:]]]
-        self.transposed = [self.array(weight.transpose(1, 2)) for weight in [from_action, *weights[1:]]]
+        weights[0] = from_action
+        transposed = [weight.transpose(1, 2) for weight in weights]
+        self.weights, self.transposed = [self.array(w) for w in weights], [self.array(w) for w in transposed]
         self.kernel = KERNELS[type(critic.activation)]
-        self.constants = Constants(*map(self.array, th.tensor([0, 1, 2, 20, 80], dtype=dtype, device=features.device)))
+        self.constants = constants(self.xp, dtype, features.device)
 
         def buffer(width: int) -> Array:
             return self.array(th.empty(*shape, width, dtype=dtype, device=features.device))
 
         self.slopes = [buffer(width) for width in widths]
         self.z, self.values, self.scratch = [{width: buffer(width) for width in set(widths)} for _ in range(3)]
-        self.output_gradient = self.array(weights[-1].transpose(1, 2).expand(*shape, -1))
+        # The output layer is linear: its gradient is its weight
+        self.output_gradient = self.array(transposed[-1].expand(*shape, -1))
         self.level, self.first_at_level = -1, self.first
 
     def array(self, tensor: th.Tensor) -> Array:
@@ -149,7 +97,7 @@ class StackedMlpQGradient:
         return tensor.numpy() if self.xp is np else tensor
 
     def __call__(self, actions: Array, level: int) -> Array:
-        """``actions`` and the result are arrays of ``self.xp``, without autograd."""
+        """Gradient at ``actions`` ``(batch, action_dim)``, same shape; both are arrays of ``self.xp``."""
         xp, depth = self.xp, len(self.slopes)
         if level != self.level:
             self.level, self.first_at_level = level, self.first + self.level_terms[min(level, len(self.level_terms) - 1)]

@@ -7,13 +7,13 @@ computed, are the caller's business (see :mod:`sb3_diffrl.lql.gradients`).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
-#: ``q_gradient(actions, level)``: the gradient of the critics' sum at ``actions`` ``(batch, action_dim)`` for one noise
-#: level, same shape as ``actions``.
-QGradient = Callable[[th.Tensor, int], th.Tensor]
+#: ``q_gradient(actions, level)``: the gradient of the critics' sum at ``actions`` ``(batch, action_dim)`` for one noise level, same
+#: shape as ``actions``. Arrays are torch's, or those of the module that the gradient names as its attribute ``xp`` (numpy).
+QGradient = Callable[[Any, int], Any]
 
 # Keeps the normalised drift finite where the gradient vanishes; the reference implementation's value.
 GRADIENT_EPS = 1e-8
@@ -122,6 +122,8 @@ class LangevinSampler:
         """
         # The names below are common to torch and numpy: a gradient may compute in numpy, which is faster on small batches.
         xp = getattr(q_gradient, "xp", th)
+        noise: Any
+        actions: Any
         actions, noise = draws if xp is th else (draws.start.cpu().numpy(), draws.noise.cpu().numpy())
         for level, step_size in enumerate(self.step_sizes):
             drift_scale = 0.5 * step_size * self.inverse_temperature

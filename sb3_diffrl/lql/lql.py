@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
-from torch.nn import functional as F
+from torch import nn
 
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.env_guard import FiniteVecEnv, NonFiniteError
@@ -61,8 +61,8 @@ class LQL(OffPolicyAlgorithm):
     Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873.
     Reference implementation (JAX): https://github.com/ku-dmlab/NCLQL.
 
-    There is no actor. :class:`NCLQL` is the same with a noise-conditioned critic, which lets the chain cross between the modes of Q;
-    it is the better choice unless you study the difference.
+    There is no actor. :class:`NCLQL` is the same with a noise-conditioned critic, which lets the chain cross between the modes of
+    Q; it is the better choice unless you study the difference.
 
     :param policy: policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: environment to learn from (if registered in Gymnasium, can be a string); its action space is a bounded Box
@@ -110,7 +110,7 @@ class LQL(OffPolicyAlgorithm):
         self,
         policy: str | type[LangevinPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -134,7 +134,7 @@ class LQL(OffPolicyAlgorithm):
         inverse_temperature: float = 500.0,
         normalize_grad: bool = True,
         n_particles: int = 1,
-        reward_scale: float = 1.0,
+        reward_scale: float = 0.2,
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -245,9 +245,7 @@ class LQL(OffPolicyAlgorithm):
         features = self.critic.features(replay_data.observations)
         return self.critic.q_values(features, replay_data.actions if actions is None else actions, levels)
 
-    def _td_loss(
-        self, q_values: th.Tensor, replay_data: ReplayBufferSamples, next_actions: th.Tensor
-    ) -> tuple[th.Tensor, Metrics]:
+    def _td_loss(self, q_values: th.Tensor, replay_data: ReplayBufferSamples, next_actions: th.Tensor) -> tuple[th.Tensor, Metrics]:
         """Squared TD error, summed over critics.
 
         :param q_values: at the batch's actions, ``(n_critics, batch)``
@@ -259,17 +257,17 @@ class LQL(OffPolicyAlgorithm):
             next_q = self.critic_target.q_values(next_features, next_actions).amin(dim=0)
             rewards, dones = replay_data.rewards.flatten(), replay_data.dones.flatten()
             target = self.reward_scale * rewards + discounts * (1 - dones) * next_q
-        loss = F.mse_loss(q_values, target.expand_as(q_values), reduction="none").mean(dim=1).sum()
+        loss = nn.functional.mse_loss(q_values, target.expand_as(q_values), reduction="none").mean(dim=1).sum()
         return loss, {
             "td_loss": loss.detach() / self.critic.n_critics,
-            "q_mean": q_values.detach().mean(),
+            "q_mean": q_values.detach().mean() / self.reward_scale,
             "action_saturation": (next_actions.abs() >= SATURATION).float().mean(),
         }
 
     def _optimise(self, loss: th.Tensor) -> th.Tensor:
         # Returns the norm of the gradient
         self.critic.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in self.critic.parameters() if parameter.grad is not None]
         self.critic.optimizer.step()
         return th.nn.utils.get_total_norm(gradients)
@@ -316,8 +314,8 @@ class LQL(OffPolicyAlgorithm):
     ) -> SelfLQL:
         """Learn from ``total_timesteps`` env steps; arguments as in every SB3 algorithm.
 
-        :raises NonFiniteError: if the env gives a NaN or infinite observation or reward; the model and its replay buffer are as they
-            were before that step
+        :raises NonFiniteError: if the env gives a NaN or infinite observation or reward; the model and its replay buffer are
+            as they were before that step
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
@@ -337,8 +335,8 @@ class LQL(OffPolicyAlgorithm):
             if isinstance(self.replay_buffer, HerReplayBuffer):
                 self.replay_buffer.truncate_last_trajectory()
             raise NonFiniteError(
-                f"At env step {self.num_timesteps}, {error}. The step was not stored and nothing was learned from it: the model and "
-                "its replay buffer can be saved, and `learn(..., reset_num_timesteps=False)` continues from a new episode."
+                f"At env step {self.num_timesteps}, {error}. The step was not stored and nothing was learned from it: the model "
+                "and its replay buffer can be saved, and `learn(..., reset_num_timesteps=False)` continues from a new episode."
             ) from None
 
     def _setup_learn(
@@ -359,7 +357,7 @@ class LQL(OffPolicyAlgorithm):
 
     def collect_rollouts(
         self,
-        env: VecEnv,
+        env: VecEnv,  # noqa: ARG002
         callback: BaseCallback,
         train_freq: TrainFreq,
         replay_buffer: ReplayBuffer,
@@ -402,7 +400,7 @@ class NCLQL(LQL):
         self,
         policy: str | type[LangevinPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -429,7 +427,7 @@ class NCLQL(LQL):
         inverse_temperature: float = 500.0,
         normalize_grad: bool = True,
         n_particles: int = 1,
-        reward_scale: float = 1.0,
+        reward_scale: float = 0.2,
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -469,9 +467,7 @@ class NCLQL(LQL):
             self._setup_model()
 
     def _make_sampler(self) -> LangevinSampler:
-        return replace(
-            super()._make_sampler(), n_levels=self.n_levels, sigma_max=self.sigma_max, sigma_min=self.sigma_min
-        )
+        return replace(super()._make_sampler(), n_levels=self.n_levels, sigma_max=self.sigma_max, sigma_min=self.sigma_min)
 
     def draw(self, batch_size: int) -> UpdateDraws:
         """Draw the randomness of one update from torch's global generator."""
@@ -511,7 +507,7 @@ class NCLQL(LQL):
         """
         sigmas = self.policy.sampler.sigmas.to(self.device)[levels].unsqueeze(1)
         q_values = self._q_values(replay_data, replay_data.actions + sigmas * noise, levels)
-        loss = F.mse_loss(q_values, mean_q.expand_as(q_values), reduction="none").mean(dim=1).sum()
+        loss = nn.functional.mse_loss(q_values, mean_q.expand_as(q_values), reduction="none").mean(dim=1).sum()
         return loss, {"smoothing_loss": loss.detach() / self.critic.n_critics}
 
     def learn(
@@ -535,6 +531,6 @@ def check_scalable(action_space: spaces.Space[Any]) -> None:
     if isinstance(action_space, spaces.Box) and not (action_space.low < action_space.high).all():
         where = [tuple(int(i) for i in index) for index in zip(*(~(action_space.low < action_space.high)).nonzero(), strict=True)]
         raise ValueError(
-            f"The action space {action_space} has coordinates whose low is not below their high, at {where}: a Langevin chain needs "
-            "room to move. Remove those coordinates with an action wrapper."
+            f"The action space {action_space} has coordinates whose low is not below their high, at {where}: a Langevin chain "
+            "needs room to move. Remove those coordinates with an action wrapper."
         )

@@ -1,6 +1,6 @@
 """Policies of LQL and NC-LQL: a critic, its target, and the sampler that draws actions from it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -41,6 +41,8 @@ class LangevinPolicy(BasePolicy):
     :param sampler: sampler of the actions; its ``n_levels`` is the critic's, too
     """
 
+    #: Override with a subclass to use a critic of your own.
+    critic_class: ClassVar[type[LangevinCritic]] = LangevinCritic
     critic: LangevinCritic
     critic_target: LangevinCritic
 
@@ -93,9 +95,9 @@ class LangevinPolicy(BasePolicy):
         )
 
     def make_critic(self) -> LangevinCritic:
-        """Build the critics. Override this to use a critic of your own, a subclass of :class:`LangevinCritic`."""
+        """Build the critics, a :attr:`critic_class` with its own features extractor."""
         extractor = self.make_features_extractor()
-        return LangevinCritic(
+        return self.critic_class(
             self.observation_space,
             self.action_space,  # type: ignore[arg-type]
             net_arch=get_actor_critic_arch(self.net_arch)[1],
@@ -140,9 +142,7 @@ class LangevinPolicy(BasePolicy):
         return self.deterministic_actions(observation) if deterministic else self.sample_actions(observation)
 
     @th.no_grad()
-    def sample_actions(
-        self, obs: PyTorchObs, draws: ChainDraws | None = None, generator: th.Generator | None = None
-    ) -> th.Tensor:
+    def sample_actions(self, obs: PyTorchObs, draws: ChainDraws | None = None, generator: th.Generator | None = None) -> th.Tensor:
         """Draw actions from the soft policy.
 
         :param obs: preprocessed batch of observations, as :meth:`obs_to_tensor` gives them
@@ -199,21 +199,22 @@ class LangevinPolicy(BasePolicy):
         """Rescale the action from [-1, 1] to [low, high], never outside by a rounding error."""
         assert isinstance(self.action_space, spaces.Box)
         action = np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
-        return action.astype(self.action_space.dtype)
+        result: np.ndarray = action.astype(self.action_space.dtype)
+        return result
 
 
 def _split_rows(obs: PyTorchObs) -> list[PyTorchObs]:
     if isinstance(obs, dict):
         batch = len(next(iter(obs.values())))
         return [{key: value[i : i + 1] for key, value in obs.items()} for i in range(batch)]
-    return list(obs.split(1))
+    return [obs[i : i + 1] for i in range(len(obs))]
 
 
 MlpPolicy = LangevinPolicy
 
 
 class CnnPolicy(LangevinPolicy):
-    """:class:`LangevinPolicy` for images: ``NatureCNN`` is the default features extractor. Arguments as there."""
+    """:class:`LangevinPolicy` for images: ``NatureCNN`` is the default extractor. Arguments as there."""
 
     def __init__(
         self,
@@ -247,7 +248,7 @@ class CnnPolicy(LangevinPolicy):
 
 
 class MultiInputPolicy(LangevinPolicy):
-    """:class:`LangevinPolicy` for Dict observations: ``CombinedExtractor`` is the default features extractor. Arguments as there."""
+    """:class:`LangevinPolicy` for Dict observations: ``CombinedExtractor`` is the default extractor. Arguments as there."""
 
     def __init__(
         self,

@@ -1,0 +1,139 @@
+"""Tables and figures of the documentation, from the raw files in ``results/``.
+
+    python benchmarks/figures.py
+
+Writes PNGs to ``docs/figures/`` and Markdown tables to ``docs/tables/``.
+"""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+FIGURES, TABLES = ROOT / "docs" / "figures", ROOT / "docs" / "tables"
+
+Curve = dict[int, float]  # env step: mean return
+
+LABELS = {
+    "nclql-small": "NC-LQL, package defaults",
+    "nclql-small-paper": "NC-LQL, the paper's learning rate 1e-4",
+    "nclql-pendulum": "NC-LQL, tau 0.02",
+    "lql-small": "LQL, package defaults",
+    "sac-small": "SAC, learning rate 3e-4 (its default)",
+    "sac-small-lr1e-3": "SAC, learning rate 1e-3",
+}
+# Solved from here (mean of an evaluation), and the mark of the reduced HalfCheetah runs
+MARKS = {"Pendulum-v1": -200.0, "InvertedPendulum-v5": 950.0, "HalfCheetah-v5": 3000.0}
+
+
+def load() -> dict[tuple[str, str], dict[int, Curve]]:
+    """(env, set-up): seed: curve. A curve's points are means over the episodes of an evaluation."""
+    runs: dict[tuple[str, str], dict[int, Curve]] = defaultdict(dict)
+    for path in sorted((RESULTS / "learning").glob("*.csv")):
+        described = json.loads(path.with_suffix(".json").read_text())["arguments"]
+        returns: dict[int, list[float]] = defaultdict(list)
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                returns[int(row["step"])].append(float(row["return"]))
+        setup = path.stem.split(f"-{described['env']}-")[0]
+        runs[described["env"], setup][described["seed"]] = {step: float(np.mean(r)) for step, r in returns.items()}
+    return runs
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean and half-width of its 95% confidence interval over seeds (Student's t; infinite for one seed)."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("inf")
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def final_table(runs: dict[tuple[str, str], dict[int, Curve]], env: str) -> str:
+    lines = ["| agent | env steps | each seed | mean, 95% interval |", "|---|---|---|---|"]
+    for (run_env, setup), curves in runs.items():
+        if run_env != env:
+            continue
+        last = min(max(curve) for curve in curves.values())
+        values = np.array([curve[last] for _, curve in sorted(curves.items())])
+        mean, half = interval(values)
+        spread = f"{mean:.0f} ± {half:.0f}" if np.isfinite(half) else f"{mean:.0f} (one seed)"
+        lines.append(f"| {LABELS[setup]} | {last:,} | {', '.join(f'{value:.0f}' for value in values)} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
+def learning_figure(runs: dict[tuple[str, str], dict[int, Curve]], env: str, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for i, ((_, setup), curves) in enumerate(item for item in runs.items() if item[0][0] == env):
+        steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))
+        values = np.array([[curve[step] for step in steps] for curve in curves.values()])
+        color = f"C{i}"
+        axes.plot(steps, values.mean(axis=0), color=color, label=f"{LABELS[setup]} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+        if len(values) > 1:
+            bounds = np.array([interval(column) for column in values.T])
+            axes.fill_between(steps, bounds[:, 0] - bounds[:, 1], bounds[:, 0] + bounds[:, 1], color=color, alpha=0.12, linewidth=0)
+            axes.plot(steps, values.T, color=color, alpha=0.35, linewidth=0.7)
+    if env in MARKS:
+        axes.axhline(MARKS[env], color="green", linestyle="--", linewidth=1)
+    low = min(min(curve.values()) for item, curves in runs.items() if item[0] == env for curve in curves.values())
+    high = max(max(curve.values()) for item, curves in runs.items() if item[0] == env for curve in curves.values())
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.15 * (high - low))
+    axes.set(xlabel="env steps", ylabel="return of the deterministic policy", title=env)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def speed_table() -> str:
+    described: dict[str, Any] = json.loads((RESULTS / "speed.json").read_text())
+    names = {"nclql": "NC-LQL", "reference": "authors' JAX implementation", "sac": "SB3's SAC, same nets"}
+    lines = ["| task | agent | median | NC-LQL takes |", "|---|---|---|---|"]
+    for task, entries in described["results"].items():
+        for name, entry in sorted(entries.items()):
+            ratio = f"{entry['nclql_over_this']:.2f} times this" if "nclql_over_this" in entry else ""
+            lines.append(f"| {task} | {names[name]} | {entry['median_ms']:.1f} ms | {ratio} |")
+    hardware, versions = described["hardware"], described["versions"]
+    lines += ["", f"{hardware['processor']}, {hardware['threads']} threads; {', '.join(f'{k} {v}' for k, v in versions.items())}."]
+    return "\n".join(lines) + "\n"
+
+
+def rule_table() -> str:
+    returns: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with (RESULTS / "deterministic_rule.csv").open() as file:
+        for row in csv.DictReader(file):
+            returns[row["env"], row["rule"]][row["model"]].append(float(row["return"]))
+    envs = list(dict.fromkeys(env for env, _ in returns))
+    lines = ["| rule | " + " | ".join(envs) + " |", "|---|" + "---|" * len(envs)]
+    for rule in dict.fromkeys(rule for _, rule in returns):
+        cells = []
+        for env in envs:
+            values = np.concatenate(list(returns[env, rule].values()))
+            cells.append(f"{values.mean():.0f} (episodes' std {values.std():.0f})")
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    TABLES.mkdir(parents=True, exist_ok=True)
+    runs = load()
+    for env in dict.fromkeys(env for env, _ in runs):
+        learning_figure(runs, env, FIGURES / f"learning-{env}.png")
+        (TABLES / f"learning-{env}.md").write_text(final_table(runs, env))
+    for name, source, table in (("speed", "speed.json", speed_table), ("deterministic_rule", "deterministic_rule.csv", rule_table)):
+        if (RESULTS / source).exists():
+            (TABLES / f"{name}.md").write_text(table())
+
+
+if __name__ == "__main__":
+    main()

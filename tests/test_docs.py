@@ -1,0 +1,63 @@
+"""The code that users copy runs: README, documentation, examples."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{i}")
+    for page in PAGES
+    for i, block in enumerate(BLOCK.findall(page.read_text()))
+]
+
+
+def run(command: list[str], folder: Path) -> str:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_pages_have_code() -> None:
+    assert len(BLOCKS) >= 4
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_on_a_page_runs(block: str, tmp_path: Path) -> None:
+    """As printed, but for budgets: a few updates show as much as many."""
+    short = re.sub(r"learn\((total_timesteps=)?[\d_]+", r"learn(\g<1>130", block)
+    short = re.sub(r"learning_starts=[\d_]+", "learning_starts=100", short)
+    short = re.sub(r"n_eval_episodes=\d+", "n_eval_episodes=1", short)
+    run([sys.executable, "-c", short], tmp_path)
+
+
+def test_demo(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--steps", "1100"]
+    for _ in range(2):  # repeatable
+        printed = run(command, tmp_path)
+    assert re.search(r"random policy +-\d+\.\d", printed)
+    assert re.search(r"NC-LQL +-\d+\.\d \+- \d", printed)
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"nclql_pendulum.zip", "learning_curve.png"}
+
+
+def test_every_figure_and_table_on_a_page_exists() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target in re.findall(r'^--8<-- "([^"]+)"', text, re.MULTILINE):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """It loads nothing until a class is asked for, and a class loads nothing that it does not need."""
+    code = (
+        "import sys; LINE; print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'stable_baselines3', 'minari'}))"
+    )
+    assert run([sys.executable, "-c", code.replace("LINE", "import sb3_diffrl")], ROOT).strip() == "[]"
+    assert "minari" not in run([sys.executable, "-c", code.replace("LINE", "from sb3_diffrl import NCLQL")], ROOT)

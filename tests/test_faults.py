@@ -1,0 +1,157 @@
+"""Wrong arguments, wrong spaces and broken environments: what the user is told, and what is kept."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from sb3_diffrl import LQL, NCLQL
+from sb3_diffrl.lql import NonFiniteError
+
+from .envs import FaultyEnv, RandomEnv
+
+TINY: dict[str, Any] = {
+    "policy_kwargs": {"net_arch": [8]},
+    "n_langevin_steps": 1,
+    "learning_starts": 5,
+    "batch_size": 8,
+    "device": "cpu",
+}
+
+ALGORITHMS = pytest.mark.parametrize("algorithm", [LQL, NCLQL])
+
+
+@ALGORITHMS
+@pytest.mark.parametrize(
+    ("action_space", "error", "message"),
+    [
+        (spaces.Discrete(3), AssertionError, "Discrete"),
+        (spaces.MultiBinary(3), AssertionError, "MultiBinary"),
+        (spaces.Box(-np.inf, np.inf, (2,)), AssertionError, "finite lower and upper bound"),
+        (spaces.Box(np.array([0, 1], np.float32), np.array([1, 1], np.float32)), ValueError, r"\[\(1,\)\]"),
+    ],
+)
+def test_unsupported_action_spaces_are_refused(
+    algorithm: type[LQL], action_space: spaces.Space[Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        algorithm("MlpPolicy", RandomEnv(spaces.Box(-1, 1, (3,)), action_space))
+
+
+@ALGORITHMS
+def test_no_critic_is_refused(algorithm: type[LQL]) -> None:
+    with pytest.raises(ValueError, match="n_critics"):
+        algorithm("MlpPolicy", "Pendulum-v1", policy_kwargs={"n_critics": 0})
+
+
+def state(model: LQL) -> list[th.Tensor]:
+    moments = [entry["exp_avg"] for entry in model.critic.optimizer.state_dict()["state"].values()]
+    return [tensor.clone() for tensor in (*model.policy.parameters(), *moments)]
+
+
+class Remember:
+    """Callback: the model as it was after each step, for comparison with what a fault leaves."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, locals_: dict[str, Any], _globals: dict[str, Any]) -> bool:
+        self.sizes.append(locals_["self"].replay_buffer.size())
+        return True
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("fault", ["reward", "observation"])
+@pytest.mark.parametrize("at", [3, 17, 20])  # during the random steps, during training, at the end of an episode
+def test_a_fault_names_env_and_step_and_loses_nothing(algorithm: type[LQL], value: float, fault: str, at: int) -> None:
+    env = DummyVecEnv([lambda: FaultyEnv("none", 0.0, 0), lambda: FaultyEnv(fault, value, at)])
+    model = algorithm("MlpPolicy", env, **TINY)
+    callback = Remember()
+    what = "observation" if fault == "observation" else "reward"
+    with pytest.raises(NonFiniteError, match=f"At env step {2 * (at - 1)}, env 1 gave a non-finite .*{what}") as error:
+        model.learn(100, callback=callback)
+    assert str(value) in str(error.value)
+    # All whole steps are kept, the faulty one is not, and the callback never saw it
+    buffer = model.replay_buffer
+    assert buffer is not None
+    assert buffer.size() == at - 1 == len(callback.sizes)
+    assert np.isfinite(buffer.observations).all()
+    assert np.isfinite(buffer.rewards).all()
+    assert all(th.isfinite(tensor).all() for tensor in state(model))
+    # The model still works, and goes on
+    assert np.isfinite(model.predict(np.zeros(3, np.float32))[0]).all()
+    model.learn(20, reset_num_timesteps=False)
+    assert model.num_timesteps == 2 * (at - 1) + 20
+
+
+class Count:
+    """Callback: the number of observations in the running statistics after each step."""
+
+    def __init__(self, statistics: RunningMeanStd) -> None:
+        self.statistics, self.last = statistics, 0.0
+
+    def __call__(self, _locals: dict[str, Any], _globals: dict[str, Any]) -> bool:
+        self.last = self.statistics.count
+        return True
+
+
+def observation_statistics(env: VecNormalize) -> RunningMeanStd:
+    assert isinstance(env.obs_rms, RunningMeanStd)
+    return env.obs_rms
+
+
+def test_a_fault_leaves_running_statistics_alone() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: FaultyEnv("observation", np.nan, 12)]))
+    model = NCLQL("MlpPolicy", env, **TINY)
+    callback = Count(observation_statistics(env))
+    with pytest.raises(NonFiniteError, match="env 0"):
+        model.learn(100, callback=callback)
+    assert observation_statistics(env).count == callback.last
+    assert np.isfinite(observation_statistics(env).mean).all()
+    assert np.isfinite(env.ret_rms.var)
+    model.learn(20, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_faulty_reset_is_caught(normalize: bool) -> None:
+    class FaultyReset(RandomEnv):
+        def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            obs, info = super().reset(**kwargs)
+            obs[0] = np.nan
+            return obs, info
+
+    env = DummyVecEnv([lambda: FaultyReset(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)))])
+    wrapped: VecEnv = VecNormalize(env) if normalize else env
+    with pytest.raises(NonFiniteError, match="env 0 gave a non-finite observation"):
+        NCLQL("MlpPolicy", wrapped, **TINY).learn(10)
+    if isinstance(wrapped, VecNormalize):
+        assert np.isfinite(observation_statistics(wrapped).mean).all()
+
+
+def test_a_fault_in_a_dict_observation_names_its_key() -> None:
+    class FaultyGoal(gym.ObservationWrapper):
+        def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+            self.calls = getattr(self, "calls", 0) + 1
+            return {**observation, "achieved_goal": observation["achieved_goal"] * (np.nan if self.calls == 10 else 1.0)}
+
+    env = BitFlippingEnv(n_bits=4, continuous=True)
+    floats = spaces.Dict({key: spaces.Box(0, 1, (4,)) for key in ("observation", "achieved_goal", "desired_goal")})
+    env.observation_space = floats
+    model = NCLQL("MultiInputPolicy", FaultyGoal(env), replay_buffer_class=HerReplayBuffer, **TINY)
+    with pytest.raises(NonFiniteError, match="'achieved_goal'"):
+        model.learn(100)
+    model.learn(20, reset_num_timesteps=False)
+
+
+def test_an_unset_env_is_named(tmp_path: Any) -> None:
+    NCLQL("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "model")
+    with pytest.raises(AssertionError, match="set_env"):
+        NCLQL.load(tmp_path / "model").learn(10)
