@@ -46,6 +46,9 @@ def load() -> dict[tuple[str, str], dict[int, Curve]]:
         with path.open() as file:
             for row in csv.DictReader(file):
                 returns[int(row["step"])].append(float(row["return"]))
+        if max(returns, default=0) < described["steps"]:
+            print(f"{path.stem}: not complete, left out")
+            continue
         setup = path.stem.split(f"-{described['env']}-")[0]
         runs[described["env"], setup][described["seed"]] = {step: float(np.mean(r)) for step, r in returns.items()}
     return runs

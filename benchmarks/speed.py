@@ -2,12 +2,13 @@
 
     python benchmarks/speed.py --reference-python VENV/bin/python --reference-dir CLONE
 
-HalfCheetah sizes (17 observations, 6 actions), batch 256, critics 3 x 256, two threads. Each contestant lives in a process of its
-own and they are measured round by round, so that a change in the machine's speed hits all alike: quote the ratios. Run it while nothing
-else runs.
+HalfCheetah sizes (17 observations, 6 actions), batch 256, critics 3 x 256, two threads. Each contestant lives in a process of
+its own and they are measured round by round, so that a change in the machine's speed hits all alike: quote the ratios. Run it
+while nothing else runs.
 
 The reference needs a clone of https://github.com/ku-dmlab/NCLQL and an environment with jax, dm-haiku, optax, numpyro and dill.
-Writes ``results/speed.csv`` (a row a round and contestant) and ``speed.json`` (command, versions, hardware, medians and ratios).
+Writes ``results/speed.csv`` (a row a round and contestant) and ``speed.json`` (command, versions, hardware, medians and
+ratios).
 """
 
 import argparse
