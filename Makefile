@@ -36,7 +36,7 @@ test-slow: setup  ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
 test-upstream: setup  ## run Stable-Baselines3's own tests with our classes in SAC's and TD3's place
-	$(BIN)/python tests/upstream/run.py
+	$(BIN)/python tests/upstream/run.py --jobs $(JOBS) -m "not expensive"
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

@@ -80,7 +80,7 @@ def test_time_limits_bootstrap(algorithm: type[LQL], reward_scale: float, handle
     ).learn(300)
     obs = th.rand(50, 2) * 2 - 1
     value = th.cat(model.critic(obs, model.policy.sample_actions(obs)), dim=1).mean().item()
-    expected = reward_scale / (1 - gamma)
+    expected = 1 / (1 - gamma)
     assert (abs(value - expected) < 0.05 * expected) == handle_timeouts
 
 
@@ -213,8 +213,8 @@ def test_n_step_returns_use_their_discounts(algorithm: type[LQL]) -> None:
     assert 0.125 in discounts
     next_actions = model.policy.sample_actions(replay_data.next_observations)
     q_values = model._q_values(replay_data)
-    next_q = th.cat(model.critic_target(replay_data.next_observations, next_actions), dim=1).amin(dim=1, keepdim=True)
-    target = replay_data.rewards + discounts * (1 - replay_data.dones) * next_q
+    next_q = model.critic_target.q_values(replay_data.next_observations, next_actions).amin(dim=0)[:, None]
+    target = model.reward_scale * replay_data.rewards + discounts * (1 - replay_data.dones) * next_q
     expected = (q_values.T - target).square().mean()
     loss, metrics = model._td_loss(q_values, replay_data, next_actions)
     th.testing.assert_close(metrics["td_loss"], expected.detach())

@@ -97,6 +97,7 @@ class LangevinCritic(BaseModel):
     :param normalize_images: divide images by 255
     :param n_critics: number of Q-networks
     :param n_levels: number of noise levels; with 1 the critic is not conditioned (LQL)
+    :param reward_scale: factor on the rewards that the networks learn from; :meth:`forward` divides by it
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -112,12 +113,14 @@ class LangevinCritic(BaseModel):
         normalize_images: bool = True,
         n_critics: int = 2,
         n_levels: int = 1,
+        reward_scale: float = 1.0,
     ) -> None:
         super().__init__(observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images)
         if n_critics < 1:
             raise ValueError(f"`n_critics` must be at least 1, got {n_critics!r}.")
         self.n_critics = n_critics
         self.n_levels = n_levels
+        self.reward_scale = reward_scale
         self.features_dim = features_dim
         self.action_dim = get_action_dim(action_space)
         self.level_embedding = LevelEmbedding(n_critics, n_levels, activation_fn) if n_levels > 1 else None
@@ -131,7 +134,7 @@ class LangevinCritic(BaseModel):
         return self.extract_features(obs, self.features_extractor)
 
     def q_values(self, features: th.Tensor, actions: th.Tensor, levels: th.Tensor | int | None = None) -> th.Tensor:
-        """Value of each network.
+        """What each network puts out: the value of scaled rewards.
 
         :param features: ``(batch, features_dim)``
         :param actions: in the scaled box, ``(batch, action_dim)``
@@ -153,6 +156,11 @@ class LangevinCritic(BaseModel):
         return q_values
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor, levels: th.Tensor | int | None = None) -> tuple[th.Tensor, ...]:
-        """Value of each network, as SB3 gives them: ``n_critics`` tensors ``(batch, 1)``. Arguments as in :meth:`q_values`."""
-        q_values = self.q_values(self.features(obs), actions, levels)
+        """Value of each network in units of the env's rewards, as SB3 gives them: ``n_critics`` tensors ``(batch, 1)``.
+
+        :param obs: preprocessed batch of observations
+        :param actions: in the scaled box, ``(batch, action_dim)``
+        :param levels: as in :meth:`q_values`
+        """
+        q_values = self.q_values(self.features(obs), actions, levels) / self.reward_scale
         return tuple(q_values.unsqueeze(-1))

@@ -92,7 +92,7 @@ class LQL(OffPolicyAlgorithm):
     :param normalize_grad: divide the Q-gradient by its L2 norm at each step (the paper's practice). Off, the chain samples
         :math:`\exp(w \sum_i Q_i)`.
     :param n_particles: chains run for each action, of which the best by the smallest critic is kept
-    :param reward_scale: factor on the rewards in the TD target; Q-values are in units of scaled rewards
+    :param reward_scale: factor on the rewards that the critics learn from
     :param _init_setup_model: whether to build the networks at once
     :raises ValueError: if an argument is outside its range; the message names it
     """
@@ -188,9 +188,9 @@ class LQL(OffPolicyAlgorithm):
         check_scalable(self.action_space)
         if not (math.isfinite(self.reward_scale) and self.reward_scale > 0):
             raise ValueError(f"`reward_scale` must be positive and finite, got {self.reward_scale!r}.")
-        # The policy takes the sampler as an argument, but it is not one of the user's own, which are the ones saved.
+        # Arguments of the policy, but not the user's own, which are the ones saved.
         users_policy_kwargs = self.policy_kwargs
-        self.policy_kwargs = {**users_policy_kwargs, "sampler": self._make_sampler()}
+        self.policy_kwargs = {**users_policy_kwargs, "sampler": self._make_sampler(), "reward_scale": self.reward_scale}
         super()._setup_model()
         self.policy_kwargs = users_policy_kwargs
         self.actor = self.policy

@@ -39,6 +39,7 @@ class LangevinPolicy(BasePolicy):
     :param optimizer_kwargs: its keyword arguments, without the learning rate
     :param n_critics: number of critics
     :param sampler: sampler of the actions; its ``n_levels`` is the critic's, too
+    :param reward_scale: factor on the rewards that the critics learn from
     """
 
     #: Override with a subclass to use a critic of your own.
@@ -60,6 +61,7 @@ class LangevinPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         sampler: LangevinSampler | None = None,
+        reward_scale: float = 1.0,
     ) -> None:
         super().__init__(
             observation_space,
@@ -75,6 +77,7 @@ class LangevinPolicy(BasePolicy):
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.sampler = LangevinSampler() if sampler is None else sampler
+        self.reward_scale = reward_scale
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -107,6 +110,7 @@ class LangevinPolicy(BasePolicy):
             normalize_images=self.normalize_images,
             n_critics=self.n_critics,
             n_levels=self.sampler.n_levels,
+            reward_scale=self.reward_scale,
         )
 
     @property
@@ -126,6 +130,7 @@ class LangevinPolicy(BasePolicy):
             optimizer_kwargs=self.optimizer_kwargs,
             n_critics=self.n_critics,
             sampler=self.sampler,
+            reward_scale=self.reward_scale,
         )
         return data
 
@@ -230,6 +235,7 @@ class CnnPolicy(LangevinPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         sampler: LangevinSampler | None = None,
+        reward_scale: float = 1.0,
     ) -> None:
         super().__init__(
             observation_space,
@@ -244,6 +250,7 @@ class CnnPolicy(LangevinPolicy):
             optimizer_kwargs,
             n_critics,
             sampler,
+            reward_scale,
         )
 
 
@@ -264,6 +271,7 @@ class MultiInputPolicy(LangevinPolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         sampler: LangevinSampler | None = None,
+        reward_scale: float = 1.0,
     ) -> None:
         super().__init__(
             observation_space,
@@ -278,4 +286,5 @@ class MultiInputPolicy(LangevinPolicy):
             optimizer_kwargs,
             n_critics,
             sampler,
+            reward_scale,
         )
