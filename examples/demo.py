@@ -54,6 +54,7 @@ def main() -> None:
     """Train, evaluate, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6_000, help="env steps to train for")
+    parser.add_argument("--episodes", type=int, default=20, help="episodes of an evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the model and the curve")
     args = parser.parse_args()
@@ -73,8 +74,8 @@ def main() -> None:
     )
     model.learn(args.steps, progress_bar=True)
 
-    random = random_return(20, seed=1_000)
-    returns, _ = evaluate_policy(model, Monitor(gym.make(ENV)), n_eval_episodes=20, return_episode_rewards=True)
+    random = random_return(args.episodes, seed=1_000)
+    returns, _ = evaluate_policy(model, Monitor(gym.make(ENV)), n_eval_episodes=args.episodes, return_episode_rewards=True)
     mean, std = np.mean(returns), np.std(returns)
     model.save(args.out / "nclql_pendulum")
     plot(monitor, random, args.out / "learning_curve.png")

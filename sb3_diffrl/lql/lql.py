@@ -87,7 +87,8 @@ class LQL(OffPolicyAlgorithm):
     :param seed: seed of the pseudo-random generators
     :param device: device (cpu, cuda, ...); ``auto`` uses the GPU if possible
     :param n_langevin_steps: Langevin steps in a chain
-    :param step_size: step size :math:`\epsilon` of the chain, in squared units of the scaled action box [-1, 1]
+    :param step_size: step size :math:`\epsilon` of the chain, in squared units of the scaled action box [-1, 1]. With the default
+        ``inverse_temperature`` and ``normalize_grad``, a step drifts by 0.1, so that twenty can cross the box.
     :param inverse_temperature: :math:`w`; with ``normalize_grad`` a step length rather than an inverse temperature
     :param normalize_grad: divide the Q-gradient by its L2 norm at each step (the paper's practice). Off, the chain samples
         :math:`\exp(w \sum_i Q_i)`.
@@ -130,7 +131,7 @@ class LQL(OffPolicyAlgorithm):
         seed: int | None = None,
         device: th.device | str = "auto",
         n_langevin_steps: int = 20,
-        step_size: float = 1e-3,
+        step_size: float = 4e-4,
         inverse_temperature: float = 500.0,
         normalize_grad: bool = True,
         n_particles: int = 1,
