@@ -126,6 +126,15 @@ def rule_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def value_table() -> str:
+    with (RESULTS / "value_error.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in rows[0] if name not in ("env", "model")]
+    lines = ["| env | seed | " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---|---|" + "---|" * len(columns)]
+    lines += [f"| {row['env']} | {row['model'].rsplit('-s', 1)[1]} | " + " | ".join(row[c] for c in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     TABLES.mkdir(parents=True, exist_ok=True)
@@ -133,7 +142,12 @@ def main() -> None:
     for env in dict.fromkeys(env for env, _ in runs):
         learning_figure(runs, env, FIGURES / f"learning-{env}.png")
         (TABLES / f"learning-{env}.md").write_text(final_table(runs, env))
-    for name, source, table in (("speed", "speed.json", speed_table), ("deterministic_rule", "deterministic_rule.csv", rule_table)):
+    tables = (
+        ("speed", "speed.json", speed_table),
+        ("deterministic_rule", "deterministic_rule.csv", rule_table),
+        ("value_error", "value_error.csv", value_table),
+    )
+    for name, source, table in tables:
         if (RESULTS / source).exists():
             (TABLES / f"{name}.md").write_text(table())
 

@@ -11,7 +11,6 @@ import csv
 import json
 import os
 import platform
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -82,10 +81,10 @@ class Evaluation(BaseCallback):
         self.evaluating += time.perf_counter() - begin
 
 
-def metadata(arguments: dict[str, Any]) -> dict[str, Any]:
+def metadata(arguments: dict[str, Any], command: str) -> dict[str, Any]:
     packages = ["sb3_diffrl", "stable-baselines3", "gymnasium", "mujoco", "torch", "numpy"]
     return {
-        "command": "python benchmarks/learning.py " + " ".join(sys.argv[1:]),
+        "command": command,
         "arguments": arguments,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "hardware": {"processor": cpu_name(), "cores": os.cpu_count(), "threads": th.get_num_threads()},
@@ -120,7 +119,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model = ALGORITHMS[algorithm]("MlpPolicy", args.env, seed=args.seed, device="cpu", **kwargs)
     described = {"algorithm": algorithm, "env": args.env, "seed": args.seed, "steps": args.steps, **kwargs}
-    (args.out / f"{name}.json").write_text(json.dumps(metadata(described), indent=2) + "\n")
+    command = f"python benchmarks/learning.py --setup {args.setup} --env {args.env} --seed {args.seed} --steps {args.steps}"
+    command += f" --eval-freq {args.eval_freq} --eval-episodes {args.eval_episodes}"
+    command += f" --override '{json.dumps(args.override)}'" if args.override else ""
+    (args.out / f"{name}.json").write_text(json.dumps(metadata(described, command), indent=2) + "\n")
     callback = Evaluation(args.out / f"{name}.csv", args.env, args.seed, args.eval_freq, args.eval_episodes)
     model.learn(args.steps, callback=callback)
     if args.save_model:

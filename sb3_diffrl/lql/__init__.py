@@ -2,7 +2,8 @@
 
 from sb3_diffrl.lql.env_guard import NonFiniteError
 from sb3_diffrl.lql.langevin import LangevinSampler
-from sb3_diffrl.lql.lql import LQL, NCLQL
+from sb3_diffrl.lql.lql import LQL
+from sb3_diffrl.lql.nclql import NCLQL
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 
 __all__ = ["LQL", "NCLQL", "CnnPolicy", "LangevinPolicy", "LangevinSampler", "MlpPolicy", "MultiInputPolicy", "NonFiniteError"]

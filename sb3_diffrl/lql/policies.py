@@ -32,7 +32,8 @@ class LangevinPolicy(BasePolicy):
     :param lr_schedule: learning rate as a function of the remaining progress (1 to 0)
     :param net_arch: width of each hidden layer of a critic, ``[256, 256, 256]`` if ``None``; of a dictionary, the ``qf`` entry
     :param activation_fn: activation of the critics
-    :param features_extractor_class: features extractor to use
+    :param features_extractor_class: features extractor to use, the policy's own if ``None`` (``FlattenExtractor``, ``NatureCNN`` in
+        :class:`CnnPolicy`, ``CombinedExtractor`` in :class:`MultiInputPolicy`)
     :param features_extractor_kwargs: its keyword arguments
     :param normalize_images: divide images by 255
     :param optimizer_class: optimiser of the critics
@@ -42,6 +43,7 @@ class LangevinPolicy(BasePolicy):
     :param reward_scale: factor on the rewards that the critics learn from
     """
 
+    default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
     #: Override with a subclass to use a critic of your own.
     critic_class: ClassVar[type[LangevinCritic]] = LangevinCritic
     critic: LangevinCritic
@@ -54,7 +56,7 @@ class LangevinPolicy(BasePolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.Mish,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
@@ -66,7 +68,7 @@ class LangevinPolicy(BasePolicy):
         super().__init__(
             observation_space,
             action_space,
-            features_extractor_class,
+            features_extractor_class or self.default_features_extractor_class,
             features_extractor_kwargs,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
@@ -219,72 +221,12 @@ MlpPolicy = LangevinPolicy
 
 
 class CnnPolicy(LangevinPolicy):
-    """:class:`LangevinPolicy` for images: ``NatureCNN`` is the default extractor. Arguments as there."""
+    """:class:`LangevinPolicy` for images."""
 
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.Mish,
-        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
-        features_extractor_kwargs: dict[str, Any] | None = None,
-        normalize_images: bool = True,
-        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
-        optimizer_kwargs: dict[str, Any] | None = None,
-        n_critics: int = 2,
-        sampler: LangevinSampler | None = None,
-        reward_scale: float = 1.0,
-    ) -> None:
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            net_arch,
-            activation_fn,
-            features_extractor_class,
-            features_extractor_kwargs,
-            normalize_images,
-            optimizer_class,
-            optimizer_kwargs,
-            n_critics,
-            sampler,
-            reward_scale,
-        )
+    default_features_extractor_class = NatureCNN
 
 
 class MultiInputPolicy(LangevinPolicy):
-    """:class:`LangevinPolicy` for Dict observations: ``CombinedExtractor`` is the default extractor. Arguments as there."""
+    """:class:`LangevinPolicy` for Dict observations."""
 
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Box,
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.Mish,
-        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
-        features_extractor_kwargs: dict[str, Any] | None = None,
-        normalize_images: bool = True,
-        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
-        optimizer_kwargs: dict[str, Any] | None = None,
-        n_critics: int = 2,
-        sampler: LangevinSampler | None = None,
-        reward_scale: float = 1.0,
-    ) -> None:
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            net_arch,
-            activation_fn,
-            features_extractor_class,
-            features_extractor_kwargs,
-            normalize_images,
-            optimizer_class,
-            optimizer_kwargs,
-            n_critics,
-            sampler,
-            reward_scale,
-        )
+    default_features_extractor_class = CombinedExtractor
