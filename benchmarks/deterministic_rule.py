@@ -5,7 +5,7 @@
 Appends to ``results/deterministic_rule.csv`` a row for each episode. The rules:
 
 * ``sample``: the stochastic policy, for comparison;
-* ``shared noise``: one start and one noise sequence for every observation;
+* ``shared noise``: one start and one noise sequence for every observation (the package's rule, here in single precision);
 * ``hashed noise``: start and noise drawn from a generator seeded by the observation, so different at each;
 * ``no noise``: the chain from the box's centre without noise;
 * ``best of 8``: eight chains with shared noise, the best by the smallest critic.

@@ -29,7 +29,6 @@ LABELS = {
     "nclql-small": "NC-LQL, package defaults",
     "nclql-small-paper": "NC-LQL, the paper's learning rate 1e-4",
     "nclql-pendulum": "NC-LQL, tau 0.02",
-    "lql-small": "LQL, package defaults",
     "sac-small": "SAC, learning rate 3e-4 (its default)",
     "sac-small-lr1e-3": "SAC, learning rate 1e-3",
 }

@@ -27,10 +27,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from sb3_diffrl import LQL, NCLQL
+from sb3_diffrl import NCLQL
 
 RESULTS = Path(__file__).parent / "results" / "learning"
-ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"nclql": NCLQL, "lql": LQL, "sac": SAC}
+ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"nclql": NCLQL, "sac": SAC}
 
 # The reduced set-up of the reference's curves: three hidden layers of 64, batches of 64, 5000 random steps.
 SMALL: dict[str, Any] = {"batch_size": 64, "learning_starts": 5_000, "policy_kwargs": {"net_arch": [64, 64, 64]}}
@@ -42,7 +42,6 @@ PENDULUM: dict[str, Any] = {"batch_size": 64, "learning_starts": 1_000, "policy_
 SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "nclql-small": ("nclql", SMALL),
     "nclql-small-paper": ("nclql", {**SMALL, **PAPER}),
-    "lql-small": ("lql", SMALL),
     "sac-small": ("sac", SMALL),
     "sac-small-lr1e-3": ("sac", {**SMALL, "learning_rate": 1e-3}),
     "nclql-pendulum": ("nclql", PENDULUM),

@@ -35,15 +35,17 @@ def is_complete(name: str, steps: int) -> bool:
         return any(int(row["step"]) >= steps for row in csv.DictReader(file))
 
 
-def run(setup: str, env: str, seed: int, steps: int, freq: int, episodes: int) -> None:
+def run(setup: str, env: str, seed: int, steps: int, freq: int, episodes: int) -> bool:
     name = f"{setup}-{env}-s{seed}"
     if is_complete(name, steps):
         print(f"{name}: complete", flush=True)
-        return
+        return True
     command = [sys.executable, str(HERE / "learning.py"), "--setup", setup, "--env", env, "--seed", str(seed)]
     command += ["--steps", str(steps), "--eval-freq", str(freq), "--eval-episodes", str(episodes)]
     command += ["--save-model", str(HERE / "models" / name)]
-    print(f"{name}: {'done' if subprocess.run(command, check=False).returncode == 0 else 'FAILED'}", flush=True)
+    done = subprocess.run(command, check=False).returncode == 0
+    print(f"{name}: {'done' if done else 'FAILED'}", flush=True)
+    return done
 
 
 def main() -> None:
@@ -51,9 +53,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each uses one thread")
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
-        for setup, env, seeds, *budget in RUNS:
-            for seed in seeds:
-                pool.submit(run, setup, env, seed, *budget)
+        runs = [pool.submit(run, setup, env, seed, *budget) for setup, env, seeds, *budget in RUNS for seed in seeds]
+    raise SystemExit(0 if all(run.result() for run in runs) else 1)
 
 
 if __name__ == "__main__":

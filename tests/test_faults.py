@@ -36,6 +36,8 @@ ALGORITHMS = pytest.mark.parametrize("algorithm", [LQL, NCLQL])
         (spaces.MultiBinary(3), AssertionError, "MultiBinary"),
         (spaces.Box(-np.inf, np.inf, (2,)), AssertionError, "finite lower and upper bound"),
         (spaces.Box(np.array([0, 1], np.float32), np.array([1, 1], np.float32)), ValueError, r"\[\(1,\)\]"),
+        (spaces.Box(-5, 5, (2,), np.int32), ValueError, "integers"),
+        (spaces.Box(-3e38, 3e38, (2,)), ValueError, "too wide"),
     ],
 )
 def test_unsupported_action_spaces_are_refused(
@@ -43,6 +45,12 @@ def test_unsupported_action_spaces_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         algorithm("MlpPolicy", RandomEnv(spaces.Box(-1, 1, (3,)), action_space))
+
+
+@pytest.mark.parametrize("name", ["sampler", "reward_scale"])
+def test_arguments_of_the_algorithm_are_refused_in_policy_kwargs(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is not for `policy_kwargs`"):
+        NCLQL("MlpPolicy", "Pendulum-v1", policy_kwargs={name: 1.0})
 
 
 @ALGORITHMS
@@ -56,40 +64,92 @@ def state(model: LQL) -> list[th.Tensor]:
     return [tensor.clone() for tensor in (*model.policy.parameters(), *moments)]
 
 
-class Remember:
-    """Callback: the model as it was after each step, for comparison with what a fault leaves."""
+class Recorder:
+    """Remembers the model as it was after each step and each round of training."""
 
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
+    def __init__(self, model: LQL) -> None:
+        self.model, self.train, self.steps, self.state = model, model.train, 0, state(model)
+        model.train = self.record_training  # type: ignore[method-assign]
 
-    def __call__(self, locals_: dict[str, Any], _globals: dict[str, Any]) -> bool:
-        self.sizes.append(locals_["self"].replay_buffer.size())
+    def record_training(self, *args: Any, **kwargs: Any) -> None:
+        self.train(*args, **kwargs)
+        self.state = state(self.model)
+
+    def __call__(self, _locals: dict[str, Any], _globals: dict[str, Any]) -> bool:
+        self.steps += 1
         return True
 
 
 @ALGORITHMS
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize("fault", ["reward", "observation"])
 @pytest.mark.parametrize("at", [3, 17, 20])  # during the random steps, during training, at the end of an episode
-def test_a_fault_names_env_and_step_and_loses_nothing(algorithm: type[LQL], value: float, fault: str, at: int) -> None:
-    env = DummyVecEnv([lambda: FaultyEnv("none", 0.0, 0), lambda: FaultyEnv(fault, value, at)])
-    model = algorithm("MlpPolicy", env, **TINY)
-    callback = Remember()
-    what = "observation" if fault == "observation" else "reward"
-    with pytest.raises(NonFiniteError, match=f"At env step {2 * (at - 1)}, env 1 gave a non-finite .*{what}") as error:
-        model.learn(100, callback=callback)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_fault_names_env_and_step_and_loses_nothing(
+    algorithm: type[LQL], value: float, fault: str, at: int, normalize: bool
+) -> None:
+    env: VecEnv = DummyVecEnv([lambda: FaultyEnv("none", 0.0, 0), lambda: FaultyEnv(fault, value, at)])
+    model = algorithm("MlpPolicy", VecNormalize(env) if normalize else env, **TINY)
+    recorder = Recorder(model)
+    with pytest.raises(NonFiniteError, match=f"At env step {2 * (at - 1)}, env 1 gave a non-finite .*{fault}") as error:
+        model.learn(100, callback=recorder)
     assert str(value) in str(error.value)
-    # All whole steps are kept, the faulty one is not, and the callback never saw it
+    # All whole steps are kept, the faulty one is not, no callback saw it, and nothing was learned from it
     buffer = model.replay_buffer
     assert buffer is not None
-    assert buffer.size() == at - 1 == len(callback.sizes)
-    assert np.isfinite(buffer.observations).all()
+    assert buffer.size() == at - 1 == recorder.steps
+    assert np.isfinite(buffer.next_observations).all()
     assert np.isfinite(buffer.rewards).all()
-    assert all(th.isfinite(tensor).all() for tensor in state(model))
+    assert all(th.equal(*pair) for pair in zip(state(model), recorder.state, strict=True))
     # The model still works, and goes on
     assert np.isfinite(model.predict(np.zeros(3, np.float32))[0]).all()
     model.learn(20, reset_num_timesteps=False)
     assert model.num_timesteps == 2 * (at - 1) + 20
+
+
+def test_an_observation_beyond_single_precision_is_a_fault() -> None:
+    env = RandomEnv(spaces.Box(-np.inf, np.inf, (2,), np.float64), spaces.Box(-1, 1, (1,)))
+    env.observation_space.sample = lambda *_: np.array([0.0, 1e300])  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match=r"1e\+300 at index \[1\]"):
+        NCLQL("MlpPolicy", env, **TINY).learn(10)
+
+
+class Counting(RandomEnv):
+    """Observes its episode's number and step; the third step of its second episode gives a NaN reward."""
+
+    episode = -1
+
+    def observation(self) -> np.ndarray:
+        return np.array([self.episode, self.steps], np.float32)
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**kwargs)
+        self.episode += 1
+        return self.observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        _, _, terminated, truncated, info = super().step(action)
+        faulty = (self.episode, self.steps) == (1, 3)
+        return self.observation(), np.nan if faulty else float(10**self.episode), terminated, truncated, info
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"n_steps": 3}, {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}}],
+    ids=["n_steps", "optimize_memory_usage"],
+)
+def test_what_is_stored_after_a_fault_is_another_episode(kwargs: dict[str, Any]) -> None:
+    env = Counting(spaces.Box(-100, 100, (2,)), spaces.Box(-1, 1, (1,)), length=5)
+    model = NCLQL("MlpPolicy", env, **{**TINY, **kwargs, "buffer_size": 100})
+    with pytest.raises(NonFiniteError):
+        model.learn(100)
+    model.learn(10, reset_num_timesteps=False)
+    data = model.replay_buffer.sample(500)  # type: ignore[union-attr]
+    crossing = data.observations[:, 0] != data.next_observations[:, 0]
+    assert not crossing[data.dones.flatten() == 0].any()
+    # An n-step return adds up rewards of one episode: those of episode 2 are 100 each
+    first = data.observations[:, 0] == 1
+    assert data.rewards[first].max() < 100
 
 
 class Count:

@@ -9,6 +9,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_diffrl.lql import gradients
+from sb3_diffrl.lql.activations import Mish
 from sb3_diffrl.lql.critic import LangevinCritic, StackedLinear
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient, has_fast_gradient, make_q_gradient
 from sb3_diffrl.lql.langevin import LangevinSampler
@@ -141,3 +142,10 @@ def test_weights_start_within_two_sigma() -> None:
         assert not bias.any()
     names = [name for name, _ in fresh.named_parameters()]
     assert list(itertools.chain(fresh.state_dict())) == names  # weights alone: SB3 expects no other entries
+
+
+def test_fast_mish_is_twice_differentiable() -> None:
+    z = th.linspace(-8, 30, 200, dtype=th.float64, requires_grad=True)
+    assert th.autograd.gradcheck(Mish(), z)
+    assert th.autograd.gradgradcheck(Mish(), z)
+    th.testing.assert_close(Mish()(z), nn.functional.mish(z))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,11 +149,17 @@ def test_particles_keep_the_best_by_the_smallest_critic() -> None:
         ({"n_langevin_steps": 0}, "n_langevin_steps"),
         ({"n_particles": 0}, "n_particles"),
         ({"reward_scale": 0.0}, "reward_scale"),
+        ({"n_levels": None}, "n_levels"),
+        ({"n_levels": "3"}, "n_levels"),
+        ({"n_particles": 2.0}, "n_particles"),
+        ({"step_size": "small"}, "step_size"),
+        ({"sigma_max": None}, "sigma_max"),
+        ({"policy_kwargs": {"n_critics": "2"}}, "n_critics"),
     ],
 )
-def test_an_argument_outside_its_range_is_named(arguments: dict[str, float], message: str) -> None:
+def test_an_argument_outside_its_range_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        NCLQL("MlpPolicy", box_env(), **arguments)  # type: ignore[arg-type]
+        NCLQL("MlpPolicy", box_env(), **arguments)
 
 
 def test_lql_is_one_level_of_constant_step() -> None:

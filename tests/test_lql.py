@@ -1,5 +1,6 @@
 """LQL and NC-LQL as SB3 algorithms."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,25 @@ def test_logs_metrics_to_every_format(algorithm: type[LQL], tmp_path: Path) -> N
     assert list((tmp_path / "tb" / "run_1").glob("events*"))
 
 
+@ALGORITHMS
+def test_a_model_can_be_copied_and_its_settings_changed(algorithm: type[LQL], tmp_path: Path) -> None:
+    model = make(algorithm, "Pendulum-v1").learn(30)
+    model = copy.deepcopy(model)
+    model.n_particles, model.inverse_temperature = np.int64(3), 7.0  # type: ignore[assignment]
+    model.learn(5, reset_num_timesteps=False)
+    assert (model.policy.sampler.n_particles, model.policy.sampler.inverse_temperature) == (3, 7.0)
+    model.save(tmp_path / "model")
+    assert algorithm.load(tmp_path / "model", device="cpu").policy.sampler == model.policy.sampler
+    model.train(gradient_steps=0)
+
+
+@pytest.mark.parametrize("activation_fn", [th.nn.Mish, th.nn.ELU])
+def test_predict_works_in_inference_mode(activation_fn: type[th.nn.Module]) -> None:
+    model = make(NCLQL, box_env(), policy_kwargs={"net_arch": [8], "activation_fn": activation_fn})
+    with th.inference_mode():
+        assert model.predict(np.zeros((2, 5), dtype=np.float32))[0].shape == (2, 3)
+
+
 def test_spread_is_the_samples_standard_deviation() -> None:
     model = make(NCLQL, box_env())
     obs = th.randn(4, 5)
@@ -330,6 +350,10 @@ def test_deterministic_action_depends_on_the_observation_alone(algorithm: type[L
         np.testing.assert_array_equal(model.predict(obs[:size], deterministic=True)[0], together[:size])
     alone = np.stack([model.predict(row, deterministic=True)[0] for row in obs])
     np.testing.assert_array_equal(alone, together)
+    # Large batches compute in torch and small ones in numpy
+    wide = algorithm("MlpPolicy", box_env(17, 6), n_particles=n_particles, policy_kwargs={"net_arch": [256]}, device="cpu")
+    obs = np.random.default_rng(2).normal(size=(80, 17)).astype(np.float32)
+    np.testing.assert_array_equal(wide.predict(obs, deterministic=True)[0][:5], wide.predict(obs[:5], deterministic=True)[0])
     # Not by ignoring the observation
     assert together.std(axis=0).min() > 1e-4
 

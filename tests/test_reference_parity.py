@@ -138,6 +138,7 @@ def test_five_updates(path: Path) -> None:
         dones=golden["data/done"].float().unsqueeze(1),
         rewards=golden["data/reward"].float().unsqueeze(1),
     )
+    compared = []
     updates = sorted({int(key.split("/")[0][3:]) for key in golden if key.startswith("upd")})
     for k in updates:
         at = f"upd{k}"
@@ -155,6 +156,8 @@ def test_five_updates(path: Path) -> None:
         for prefix, critic in (("q", model.critic), ("target_q", model.critic_target)):
             if f"{at}/{prefix}1/linear/w" not in golden:
                 continue
+            compared.append((k, prefix))
             for layer, (weight, bias) in zip(layers(critic), weights(golden, f"{at}/{prefix}"), strict=True):
                 np.testing.assert_allclose(layer.weight.detach(), weight, atol=1e-6)
                 np.testing.assert_allclose(layer.bias.detach(), bias, atol=1e-6)
+    assert {(1, "q"), (1, "target_q"), (5, "q"), (5, "target_q")} <= set(compared)

@@ -78,13 +78,15 @@ class _MishFunction(th.autograd.Function):
     def forward(ctx: Any, z: th.Tensor) -> th.Tensor:
         value, slope, scratch = (th.empty_like(z) for _ in range(3))
         _mish(th, constants(th, z.dtype, z.device), z, value, slope, scratch)
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(z, slope)
         return value
 
     @staticmethod
-    @th.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
-        (slope,) = ctx.saved_tensors
+        z, slope = ctx.saved_tensors
+        if th.is_grad_enabled():  # a second derivative may be asked for: spell the first one for autograd
+            tanh = th.tanh(nn.functional.softplus(z))
+            slope = tanh + z * (1 - tanh.square()) * th.sigmoid(z)
         result: th.Tensor = gradient * slope
         return result
 

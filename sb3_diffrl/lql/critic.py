@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_diffrl.lql.activations import Mish
+from sb3_diffrl.lql.langevin import check_count
 
 #: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
 LEVEL_EMBEDDING_DIM = 16
@@ -83,7 +84,7 @@ class LevelEmbedding(nn.Module):
 
 
 class LangevinCritic(BaseModel):
-    r"""Q-networks :math:`Q_i(s, a, l)`, optionally conditioned on a noise level.
+    """Q-networks Qᵢ(s, a, l), optionally conditioned on a noise level.
 
     Each network takes the features of the observation, the action in the scaled box [-1, 1] and (with more than one noise
     level) its own embedding of the level. The networks share the features extractor and nothing else.
@@ -97,7 +98,7 @@ class LangevinCritic(BaseModel):
     :param normalize_images: divide images by 255
     :param n_critics: number of Q-networks
     :param n_levels: number of noise levels; with 1 the critic is not conditioned (LQL)
-    :param reward_scale: factor on the rewards that the networks learn from; :meth:`forward` divides by it
+    :param reward_scale: factor on the rewards that the networks learn from; ``forward()`` divides by it
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -116,9 +117,7 @@ class LangevinCritic(BaseModel):
         reward_scale: float = 1.0,
     ) -> None:
         super().__init__(observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images)
-        if n_critics < 1:
-            raise ValueError(f"`n_critics` must be at least 1, got {n_critics!r}.")
-        self.n_critics = n_critics
+        self.n_critics = n_critics = check_count("n_critics", n_critics)
         self.n_levels = n_levels
         self.reward_scale = reward_scale
         self.features_dim = features_dim
@@ -160,7 +159,7 @@ class LangevinCritic(BaseModel):
 
         :param obs: preprocessed batch of observations
         :param actions: in the scaled box, ``(batch, action_dim)``
-        :param levels: as in :meth:`q_values`
+        :param levels: as in ``q_values()``
         """
         q_values = self.q_values(self.features(obs), actions, levels) / self.reward_scale
         return tuple(q_values.unsqueeze(-1))

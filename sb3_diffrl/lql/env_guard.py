@@ -1,12 +1,11 @@
 """A guard around the training environment: NaN and infinite numbers stop at the door."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 
@@ -14,64 +13,40 @@ class NonFiniteError(ValueError):
     """The environment gave a NaN or infinite observation or reward."""
 
 
-class FiniteVecEnv(VecEnvWrapper):
-    """Passes an environment through, and raises when one of its observations or rewards is NaN or infinite.
+@contextmanager
+def finite(env: VecEnv) -> Iterator[None]:
+    """While the block runs, a step or reset of the environment raises if it gives a NaN or infinite observation or reward.
 
-    The check sees what the env gave, before ``VecNormalize``, whose running statistics are put back to what they were before the
-    faulty step: nothing has learned from it.
+    What the environment gives is looked at below ``VecNormalize``, which would clip an infinite number and learn from a NaN. The
+    check is put on the environment rather than around it: SB3's callbacks compare its wrappers with those of another.
 
-    :param venv: environment to guard
+    :param env: training environment
+    :raises NonFiniteError: in the block, naming the env and what it gave
     """
+    normalize = unwrap_vec_normalize(env)
+    source = env if normalize is None else normalize.venv
+    reset, step_wait = source.reset, source.step_wait
 
-    def __init__(self, venv: VecEnv) -> None:
-        super().__init__(venv)
-        self.vec_normalize = unwrap_vec_normalize(venv)
-
-    def reset(self) -> VecEnvObs:
-        """As the environment's own.
-
-        :raises NonFiniteError: naming the env and the observation
-        """
-        with self.undo_on_error():
-            obs = self.venv.reset()
-            self.check_obs(obs)
+    def checked_reset() -> VecEnvObs:
+        obs = reset()
+        check_finite("observation", obs)
         return obs
 
-    def step_wait(self) -> VecEnvStepReturn:
-        """As the environment's own.
-
-        :raises NonFiniteError: naming the env and what it gave
-        """
-        with self.undo_on_error():
-            obs, rewards, dones, infos = self.venv.step_wait()
-            check_finite("reward", rewards if self.vec_normalize is None else self.vec_normalize.get_original_reward())
-            self.check_obs(obs)
-            for i in np.flatnonzero(dones):
-                final = infos[i].get("terminal_observation")
-                if final is not None:
-                    check_finite("final observation", _batch_of_one(final), first_env=int(i))
+    def checked_step_wait() -> VecEnvStepReturn:
+        obs, rewards, dones, infos = step_wait()
+        check_finite("reward", rewards)
+        check_finite("observation", obs)
+        for i in np.flatnonzero(dones):
+            final = infos[i].get("terminal_observation")
+            if final is not None:
+                check_finite("final observation", _batch_of_one(final), first_env=int(i))
         return obs, rewards, dones, infos
 
-    def check_obs(self, obs: VecEnvObs) -> None:
-        """Check a batch of observations that the guarded environment has just given.
-
-        :raises NonFiniteError: naming the env and the observation
-        """
-        check_finite("observation", obs if self.vec_normalize is None else self.vec_normalize.get_original_obs())
-
-    @contextmanager
-    def undo_on_error(self) -> Iterator[None]:
-        """Put the running statistics of ``VecNormalize`` back if the block finds a fault."""
-        normalize = self.vec_normalize
-        names = ("obs_rms", "ret_rms", "returns")
-        learning = normalize is not None and normalize.training
-        saved = {name: copy.deepcopy(getattr(normalize, name, None)) for name in names} if learning else {}
-        try:
-            yield
-        except NonFiniteError:
-            if normalize is not None:
-                vars(normalize).update(saved)
-            raise
+    source.reset, source.step_wait = checked_reset, checked_step_wait  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del source.reset, source.step_wait
 
 
 def check_finite(what: str, values: Any, first_env: int = 0) -> None:
@@ -80,16 +55,21 @@ def check_finite(what: str, values: Any, first_env: int = 0) -> None:
     :param what: what the values are, for the message
     :param values: ``(n_envs, ...)``
     :param first_env: index of the first row's env
-    :raises NonFiniteError: naming the env, what it gave and the first offending entry
+    :raises NonFiniteError: if a value is not finite in single precision, in which networks compute; the message names the env, what
+        it gave and where
     """
     if isinstance(values, dict):
         for key, value in values.items():
             check_finite(f"{what} '{key}'", value, first_env)
         return
     values = np.asarray(values)
-    if not np.issubdtype(values.dtype, np.floating) or np.isfinite(values).all():
+    if not np.issubdtype(values.dtype, np.floating):
         return
-    index = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(values.astype(np.float32, copy=False))
+    if is_finite.all():
+        return
+    index = tuple(int(i) for i in np.argwhere(~is_finite)[0])
     where = f" at index {list(index[1:])}" if len(index) > 1 else ""
     raise NonFiniteError(f"env {first_env + index[0]} gave a non-finite {what}: {values[index]}{where}")
 

@@ -1,6 +1,6 @@
 """Gradient of the critics with respect to the action: the drift of the Langevin chain.
 
-:func:`make_q_gradient` picks the fastest implementation that the critic allows; all give the same numbers up to rounding.
+``make_q_gradient`` picks the fastest implementation that the critic allows; all give the same numbers up to rounding.
 """
 
 from typing import Any
@@ -39,9 +39,9 @@ class AutogradQGradient:
     def __call__(self, actions: th.Tensor, level: int) -> th.Tensor:
         """Gradient at ``actions`` ``(batch, action_dim)``, same shape."""
         # SB3 predicts under no_grad: open the gradient for this computation alone.
-        with th.enable_grad():
-            actions = actions.detach().requires_grad_()
-            q_values = self.critic.q_values(self.features, actions, level)
+        with th.inference_mode(False), th.enable_grad():
+            actions = actions.detach().clone().requires_grad_()
+            q_values = self.critic.q_values(self.features.clone(), actions, level)
             return th.autograd.grad(q_values.sum(), actions)[0]
 
 
@@ -51,7 +51,7 @@ class StackedMlpQGradient:
     The part of the first layer that comes from the observation is computed once for the chain, the one that comes from the noise
     level once for each level. A step is one product by each weight matrix forwards and one backwards, in reused memory.
 
-    :param critic: a critic for which :func:`has_fast_gradient` holds
+    :param critic: a critic for which ``has_fast_gradient`` holds
     :param features: features of the observations, ``(batch, features_dim)``
     :param dtype: precision of the chain, that of the features if ``None``
     """
@@ -100,7 +100,7 @@ class StackedMlpQGradient:
         """Gradient at ``actions`` ``(batch, action_dim)``, same shape; both are arrays of ``self.xp``."""
         xp, depth = self.xp, len(self.slopes)
         if level != self.level:
-            self.level, self.first_at_level = level, self.first + self.level_terms[min(level, len(self.level_terms) - 1)]
+            self.level, self.first_at_level = level, self.first + self.level_terms[level]
         inputs = actions[None]
         for i, slope in enumerate(self.slopes):
             width = slope.shape[-1]

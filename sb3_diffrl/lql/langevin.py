@@ -1,12 +1,13 @@
 """Langevin dynamics on a critic: noise levels, step sizes and the sampling chain.
 
 Everything here is a pure function of a Q-gradient, a start and a noise tensor. The critic, and how its gradient is
-computed, are the caller's business (see :mod:`sb3_diffrl.lql.gradients`).
+computed, are the caller's business (see ``sb3_diffrl.lql.gradients``).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch as th
@@ -39,24 +40,44 @@ def noise_levels(n_levels: int, sigma_max: float, sigma_min: float) -> th.Tensor
     return th.exp(th.linspace(math.log(sigma_max), math.log(sigma_min), n_levels))
 
 
+def check_count(name: str, value: Any) -> int:
+    """The value as an integer of at least one.
+
+    :raises ValueError: naming the argument
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    return int(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """The value as a positive finite number.
+
+    :raises ValueError: naming the argument
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"`{name}` must be a positive, finite number, got {value!r}.")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class LangevinSampler:
-    r"""Unadjusted Langevin dynamics, annealed over noise levels.
+    """Unadjusted Langevin dynamics, annealed over noise levels.
 
-    One step at level :math:`l` is (Algorithm 2 of https://arxiv.org/abs/2602.07873)
+    One step at level l is (https://arxiv.org/abs/2602.07873)::
 
-    .. math:: a \leftarrow \mathrm{clip}(a + \tfrac{\epsilon_l}{2} w g_l(a) + \sqrt{\epsilon_l} z, -1, 1),
-        \qquad \epsilon_l = \mathrm{step\_size} \cdot (\sigma_l / \sigma_{L-1})^2
+        a <- clip(a + step_l / 2 * w * g_l(a) + sqrt(step_l) * z, -1, 1)
+        step_l = step_size * (sigma_l / sigma_min)^2
 
-    where :math:`g_l` is the Q-gradient at level :math:`l`, divided by its own L2 norm when ``normalize_grad`` is on. With one
-    level this is plain Langevin dynamics of constant step size (Algorithm 1, LQL).
+    where z is standard normal and g_l the Q-gradient at the level, divided by its own L2 norm when ``normalize_grad`` is on. With one
+    level this is plain Langevin dynamics of constant step size (LQL).
 
-    :param n_levels: number of noise levels :math:`L`
+    :param n_levels: number of noise levels L
     :param sigma_max: largest noise scale, in units of the scaled action box [-1, 1]
     :param sigma_min: smallest noise scale, same units
     :param n_steps: Langevin steps at each level
-    :param step_size: :math:`\epsilon` at the last level
-    :param inverse_temperature: :math:`w` of the target density :math:`\exp(w \sum_i Q_i)`. With ``normalize_grad`` it is a step
+    :param step_size: ε at the last level
+    :param inverse_temperature: w of the target density exp(w Σ Qᵢ). With ``normalize_grad`` it is a step
         length, not a temperature.
     :param normalize_grad: divide each sample's gradient by its L2 norm
     :param n_particles: chains run for each observation, of which the best by the smallest critic is kept
@@ -74,13 +95,9 @@ class LangevinSampler:
 
     def __post_init__(self) -> None:
         for name, label in (("n_levels", "n_levels"), ("n_steps", "n_langevin_steps"), ("n_particles", "n_particles")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise ValueError(f"`{label}` must be an integer of at least 1, got {value!r}.")
+            object.__setattr__(self, name, check_count(label, getattr(self, name)))
         for name in ("step_size", "inverse_temperature", "sigma_min", "sigma_max"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"`{name}` must be positive and finite, got {value!r}.")
+            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
         if self.sigma_min >= self.sigma_max:
             raise ValueError(
                 f"`sigma_min` must be smaller than `sigma_max`, got sigma_min={self.sigma_min!r} and "
@@ -117,7 +134,7 @@ class LangevinSampler:
         """Run the chain.
 
         :param q_gradient: gradient of the critics' sum with respect to the actions
-        :param draws: start and noise, see :class:`ChainDraws`
+        :param draws: start and noise, see ``ChainDraws``
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
         # The names below are common to torch and numpy: a gradient may compute in numpy, which is faster on small batches.

@@ -1,10 +1,11 @@
 """LQL: Q-learning whose policy is Langevin dynamics on the critic."""
 
-import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -26,16 +27,16 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_diffrl.lql.critic import LangevinCritic
-from sb3_diffrl.lql.env_guard import FiniteVecEnv, NonFiniteError
+from sb3_diffrl.lql.env_guard import NonFiniteError, finite
 from sb3_diffrl.lql.gradients import has_fast_gradient
-from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler, check_positive
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 
 SelfLQL = TypeVar("SelfLQL", bound="LQL")
 
 Metrics = dict[str, th.Tensor]
 
-# A coordinate counts as saturated from here to the bound of the scaled box.
+# A coordinate counts as saturated from this magnitude on, in the scaled box.
 SATURATION = 0.95
 # Size of the log's spread metric: states looked at, and samples drawn at each.
 SPREAD_STATES, SPREAD_SAMPLES = 16, 16
@@ -55,12 +56,12 @@ class UpdateDraws(NamedTuple):
 
 
 class LQL(OffPolicyAlgorithm):
-    r"""Langevin Q-learning (LQL): the policy is :math:`\exp(w \sum_i Q_i(s, \cdot))`, sampled by Langevin dynamics on the critic.
+    """Langevin Q-learning (LQL): the policy is exp(w Σ Qᵢ(s, ·)), sampled by Langevin dynamics on the critic.
 
     Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873.
     Reference implementation (JAX): https://github.com/ku-dmlab/NCLQL.
 
-    There is no actor. :class:`NCLQL` is the same with a noise-conditioned critic, which lets the chain cross between the modes of
+    There is no actor. ``NCLQL`` is the same with a noise-conditioned critic, which lets the chain cross between the modes of
     Q; it is the better choice unless you study the difference.
 
     :param policy: policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
@@ -81,16 +82,16 @@ class LQL(OffPolicyAlgorithm):
     :param stats_window_size: number of episodes that the rollout statistics are averaged over
     :param tensorboard_log: log location for TensorBoard (no logging if ``None``)
     :param policy_kwargs: keyword arguments of the policy (``net_arch``, ``n_critics``, ...), see
-        :class:`~sb3_diffrl.lql.policies.LangevinPolicy`
+        ``LangevinPolicy``
     :param verbose: 0 for no output, 1 for information, 2 for debug messages
     :param seed: seed of the pseudo-random generators
     :param device: device (cpu, cuda, ...); ``auto`` uses the GPU if possible
     :param n_langevin_steps: Langevin steps in a chain
-    :param step_size: step size :math:`\epsilon` of the chain, in squared units of the scaled action box [-1, 1]. With the default
+    :param step_size: step size ε of the chain, in squared units of the scaled action box [-1, 1]. With the default
         ``inverse_temperature`` and ``normalize_grad``, a step drifts by 0.1, so that twenty can cross the box.
-    :param inverse_temperature: :math:`w`; with ``normalize_grad`` a step length rather than an inverse temperature
+    :param inverse_temperature: w; with ``normalize_grad`` a step length rather than an inverse temperature
     :param normalize_grad: divide the Q-gradient by its L2 norm at each step (the paper's practice). Off, the chain samples
-        :math:`\exp(w \sum_i Q_i)`.
+        exp(w Σ Qᵢ).
     :param n_particles: chains run for each action, of which the best by the smallest critic is kept
     :param reward_scale: factor on the rewards that the critics learn from
     :param _init_setup_model: whether to build the networks at once
@@ -169,7 +170,6 @@ class LQL(OffPolicyAlgorithm):
         self.normalize_grad = normalize_grad
         self.n_particles = n_particles
         self.reward_scale = reward_scale
-        self._guarded_env: FiniteVecEnv | None = None
         self._logged_obs: th.Tensor | dict[str, th.Tensor] | None = None
         if _init_setup_model:
             self._setup_model()
@@ -186,13 +186,17 @@ class LQL(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_scalable(self.action_space)
-        if not (math.isfinite(self.reward_scale) and self.reward_scale > 0):
-            raise ValueError(f"`reward_scale` must be positive and finite, got {self.reward_scale!r}.")
+        self.reward_scale = check_positive("reward_scale", self.reward_scale)
+        for name in ("sampler", "reward_scale"):
+            if name in self.policy_kwargs:
+                raise ValueError(f"`{name}` is not for `policy_kwargs`: the algorithm's own arguments set it.")
         # Arguments of the policy, but not the user's own, which are the ones saved.
         users_policy_kwargs = self.policy_kwargs
         self.policy_kwargs = {**users_policy_kwargs, "sampler": self._make_sampler(), "reward_scale": self.reward_scale}
-        super()._setup_model()
-        self.policy_kwargs = users_policy_kwargs
+        try:
+            super()._setup_model()
+        finally:
+            self.policy_kwargs = users_policy_kwargs
         self.actor = self.policy
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
@@ -205,6 +209,9 @@ class LQL(OffPolicyAlgorithm):
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """Do ``gradient_steps`` updates on minibatches from the replay buffer, and log their mean metrics."""
         assert self.replay_buffer is not None
+        if gradient_steps < 1:
+            return
+        self._apply_settings()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.critic.optimizer)
 
@@ -219,6 +226,26 @@ class LQL(OffPolicyAlgorithm):
         for name in metrics[0]:
             self.logger.record(f"train/{name}", th.stack([metric[name] for metric in metrics]).mean().item())
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions for an observation or a batch of them, as in every SB3 algorithm.
+
+        :param deterministic: one fixed action for each observation, see
+            ``deterministic_actions()``; otherwise a draw from the soft policy
+        """
+        self._apply_settings()
+        return super().predict(observation, state, episode_start, deterministic)
+
+    def _apply_settings(self) -> None:
+        # The model's attributes rule, so that a callback may change them (`model.inverse_temperature = ...`).
+        self.policy.sampler = self._make_sampler()
+        self.critic.reward_scale = self.critic_target.reward_scale = self.reward_scale
+
     def draw(self, batch_size: int) -> UpdateDraws:
         """Draw the randomness of one update from torch's global generator."""
         sampler = self.policy.sampler
@@ -228,7 +255,7 @@ class LQL(OffPolicyAlgorithm):
         """One update.
 
         :param replay_data: minibatch, actions in the scaled box
-        :param draws: the randomness, as :meth:`draw` gives it
+        :param draws: the randomness, as ``draw()`` gives it
         :return: metrics, scalar tensors by name
         """
         next_actions = self.policy.sample_actions(replay_data.next_observations, draws.chain)
@@ -319,12 +346,6 @@ class LQL(OffPolicyAlgorithm):
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
-    def _guard(self) -> FiniteVecEnv:
-        assert self.env is not None
-        if self._guarded_env is None or self._guarded_env.venv is not self.env:
-            self._guarded_env = FiniteVecEnv(self.env)
-        return self._guarded_env
-
     @contextmanager
     def _fault_handling(self) -> Iterator[None]:
         try:
@@ -332,8 +353,7 @@ class LQL(OffPolicyAlgorithm):
         except NonFiniteError as error:
             # The env is past the fault: the next learn() starts a new episode.
             self._last_obs = None
-            if isinstance(self.replay_buffer, HerReplayBuffer):
-                self.replay_buffer.truncate_last_trajectory()
+            end_trajectory(self.replay_buffer)
             raise NonFiniteError(
                 f"At env step {self.num_timesteps}, {error}. The step was not stored and nothing was learned from it: the model "
                 "and its replay buffer can be saved, and `learn(..., reset_num_timesteps=False)` continues from a new episode."
@@ -348,16 +368,12 @@ class LQL(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "Set an environment with `set_env()` before calling `learn()`."
-        guard = self._guard()
-        with self._fault_handling(), guard.undo_on_error():
-            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-            assert self._last_obs is not None
-            guard.check_obs(self._last_obs)
-        return result
+        with self._fault_handling(), finite(self.env):
+            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def collect_rollouts(
         self,
-        env: VecEnv,  # noqa: ARG002
+        env: VecEnv,
         callback: BaseCallback,
         train_freq: TrainFreq,
         replay_buffer: ReplayBuffer,
@@ -366,13 +382,11 @@ class LQL(OffPolicyAlgorithm):
         log_interval: int | None = None,
     ) -> RolloutReturn:
         """SB3's, with the env guarded against NaN and infinite numbers."""
-        with self._fault_handling():
-            return super().collect_rollouts(
-                self._guard(), callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
-            )
+        with self._fault_handling(), finite(env):
+            return super().collect_rollouts(env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_guarded_env", "_logged_obs"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_logged_obs"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "critic.optimizer"], []
@@ -383,9 +397,34 @@ def check_scalable(action_space: spaces.Space[Any]) -> None:
 
     :raises ValueError: naming the coordinates
     """
-    if isinstance(action_space, spaces.Box) and not (action_space.low < action_space.high).all():
+    if not isinstance(action_space, spaces.Box):
+        return
+    if not np.issubdtype(action_space.dtype, np.floating):
+        raise ValueError(f"The action space {action_space} holds integers: only floating-point actions can follow a gradient.")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(action_space.high - action_space.low).all():
+            raise ValueError(f"The action space {action_space} is too wide for its type: high - low overflows.")
+    if not (action_space.low < action_space.high).all():
         where = [tuple(int(i) for i in index) for index in zip(*(~(action_space.low < action_space.high)).nonzero(), strict=True)]
         raise ValueError(
             f"The action space {action_space} has coordinates whose low is not below their high, at {where}: a Langevin chain "
             "needs room to move. Remove those coordinates with an action wrapper."
         )
+
+
+def end_trajectory(replay_buffer: ReplayBuffer | None) -> None:
+    """Mark the last stored step of each env as the end of its episode, by a time-out where the buffer knows those.
+
+    What is stored next then counts as another episode: n-step returns and hindsight goals do not reach across.
+    """
+    if isinstance(replay_buffer, HerReplayBuffer):
+        if (replay_buffer._current_ep_start != replay_buffer.pos).any():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it speaks of loading a buffer
+                replay_buffer.truncate_last_trajectory()
+    elif replay_buffer is not None and replay_buffer.size() > 0:
+        last = (replay_buffer.pos - 1) % replay_buffer.buffer_size
+        open_episodes = replay_buffer.dones[last] == 0
+        replay_buffer.dones[last] = 1
+        if replay_buffer.handle_timeout_termination:
+            replay_buffer.timeouts[last][open_episodes] = 1

@@ -17,21 +17,21 @@ SelfNCLQL = TypeVar("SelfNCLQL", bound="NCLQL")
 
 
 class NCLQL(LQL):
-    r"""Noise-conditioned Langevin Q-learning (NC-LQL).
+    """Noise-conditioned Langevin Q-learning (NC-LQL).
 
-    Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873, Algorithm 2.
+    Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873.
     Reference implementation (JAX): https://github.com/ku-dmlab/NCLQL.
 
-    The critic :math:`Q(s, a, l)` also learns itself smoothed by Gaussian noise of scale :math:`\sigma_l` on the action. The chain
+    The critic Q(s, a, l) also learns itself smoothed by Gaussian noise of scale sigma_l on the action. The chain
     anneals from the smoothest level, where it crosses between modes, to the sharpest, where it refines.
 
-    Arguments and errors are those of :class:`LQL`, and:
+    Arguments and errors are those of ``LQL``, and:
 
-    :param n_levels: number of noise levels :math:`L`
+    :param n_levels: number of noise levels L
     :param sigma_max: largest noise scale, in units of the scaled action box [-1, 1]
     :param sigma_min: smallest noise scale, same units
     :param n_langevin_steps: Langevin steps at each level
-    :param step_size: step size at the last level; at level :math:`l` it is :math:`(\sigma_l / \sigma_{L-1})^2` times that
+    :param step_size: step size at the last level; at level l it is (sigma_l / sigma_min)^2 times that
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class NCLQL(LQL):
         """One update.
 
         :param replay_data: minibatch, actions in the scaled box
-        :param draws: the randomness, as :meth:`draw` gives it
+        :param draws: the randomness, as ``draw()`` gives it
         :return: metrics, scalar tensors by name
         """
         next_actions = self.policy.sample_actions(replay_data.next_observations, draws.chain)
@@ -157,5 +157,5 @@ class NCLQL(LQL):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfNCLQL:
-        """Learn from ``total_timesteps`` env steps, see :meth:`LQL.learn`."""
+        """Learn from ``total_timesteps`` env steps, see ``learn()``."""
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

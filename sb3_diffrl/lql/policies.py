@@ -25,7 +25,7 @@ DETERMINISTIC_SEED = 0
 
 
 class LangevinPolicy(BasePolicy):
-    r"""Policy without an actor: actions are drawn from :math:`\exp(w \sum_i Q_i(s, \cdot))` by Langevin dynamics on the critic.
+    """Policy without an actor: actions are drawn from exp(w Σ Qᵢ(s, ·)) by Langevin dynamics on the critic.
 
     :param observation_space: observation space
     :param action_space: bounded Box
@@ -33,7 +33,7 @@ class LangevinPolicy(BasePolicy):
     :param net_arch: width of each hidden layer of a critic, ``[256, 256, 256]`` if ``None``; of a dictionary, the ``qf`` entry
     :param activation_fn: activation of the critics
     :param features_extractor_class: features extractor to use, the policy's own if ``None`` (``FlattenExtractor``, ``NatureCNN`` in
-        :class:`CnnPolicy`, ``CombinedExtractor`` in :class:`MultiInputPolicy`)
+        ``CnnPolicy``, ``CombinedExtractor`` in ``MultiInputPolicy``)
     :param features_extractor_kwargs: its keyword arguments
     :param normalize_images: divide images by 255
     :param optimizer_class: optimiser of the critics
@@ -90,7 +90,7 @@ class LangevinPolicy(BasePolicy):
         # Where SB3 looks for it. A plain reference: registering the module a second time would save its weights twice.
         self.__dict__["features_extractor"] = self.critic.features_extractor
         optimizer_kwargs = self.optimizer_kwargs
-        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and "foreach" not in optimizer_kwargs:
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"foreach", "differentiable"} & {*optimizer_kwargs}:
             # One kernel instead of ten calls for each parameter: a millisecond an update on a CPU
             optimizer_kwargs = {"fused": True, **optimizer_kwargs}
         self.critic.optimizer = self.optimizer_class(
@@ -100,7 +100,7 @@ class LangevinPolicy(BasePolicy):
         )
 
     def make_critic(self) -> LangevinCritic:
-        """Build the critics, a :attr:`critic_class` with its own features extractor."""
+        """Build the critics, a ``critic_class`` with its own features extractor."""
         extractor = self.make_features_extractor()
         return self.critic_class(
             self.observation_space,
@@ -152,7 +152,7 @@ class LangevinPolicy(BasePolicy):
     def sample_actions(self, obs: PyTorchObs, draws: ChainDraws | None = None, generator: th.Generator | None = None) -> th.Tensor:
         """Draw actions from the soft policy.
 
-        :param obs: preprocessed batch of observations, as :meth:`obs_to_tensor` gives them
+        :param obs: preprocessed batch of observations, as ``obs_to_tensor()`` gives them
         :param draws: start and noise of ``n_particles * batch`` chains, particle by particle; drawn here if ``None``
         :param generator: where to draw them from, torch's global generator if ``None``
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
@@ -190,6 +190,10 @@ class LangevinPolicy(BasePolicy):
         return self._run_chains(features, draws, dtype)
 
     def _run_chains(self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None = None) -> th.Tensor:
+        if self.sampler.n_levels != self.critic.n_levels:
+            raise ValueError(
+                f"The sampler has {self.sampler.n_levels} noise levels, the critic {self.critic.n_levels}: they must agree."
+            )
         n_particles = self.sampler.n_particles
         # (batch, features_dim) -> (n_particles * batch, features_dim)
         features = features.repeat(n_particles, 1)
@@ -221,12 +225,12 @@ MlpPolicy = LangevinPolicy
 
 
 class CnnPolicy(LangevinPolicy):
-    """:class:`LangevinPolicy` for images."""
+    """``LangevinPolicy`` for images."""
 
     default_features_extractor_class = NatureCNN
 
 
 class MultiInputPolicy(LangevinPolicy):
-    """:class:`LangevinPolicy` for Dict observations."""
+    """``LangevinPolicy`` for Dict observations."""
 
     default_features_extractor_class = CombinedExtractor
