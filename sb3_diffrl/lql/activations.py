@@ -40,7 +40,10 @@ def _mish(xp: Any, c: Constants, z: Array, value: Array, slope: Array, scratch: 
     tanh = xp.subtract(c.one, r, out=slope)
     if value is not None:
         xp.multiply(z, tanh, out=value)
-    xp.add(tanh, xp.multiply(z, derivative, out=scratch), out=slope)
+    if xp is th:
+        tanh.addcmul_(z, derivative)
+    else:
+        xp.add(tanh, xp.multiply(z, derivative, out=scratch), out=slope)
 
 
 def _relu(xp: Any, c: Constants, z: Array, value: Array, slope: Array, scratch: Array) -> None:

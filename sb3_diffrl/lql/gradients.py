@@ -104,8 +104,11 @@ class StackedMlpQGradient:
         inputs = actions[None]
         for i, slope in enumerate(self.slopes):
             width = slope.shape[-1]
-            z = xp.matmul(inputs, self.weights[i], out=self.z[width])
-            z += self.first_at_level if i == 0 else self.biases[i - 1]
+            z, bias = self.z[width], self.first_at_level if i == 0 else self.biases[i - 1]
+            if xp is th:
+                th.baddbmm(bias, inputs.expand(len(z), -1, -1), self.weights[i], out=z)
+            else:
+                np.add(np.matmul(inputs, self.weights[i], out=z), bias, out=z)
             value = self.values[width] if i < depth - 1 else None
             self.kernel(xp, self.constants, z, value, slope, self.scratch[width])
             inputs = value

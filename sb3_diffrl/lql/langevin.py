@@ -69,8 +69,8 @@ class LangevinSampler:
         a <- clip(a + step_l / 2 * w * g_l(a) + sqrt(step_l) * z, -1, 1)
         step_l = step_size * (sigma_l / sigma_min)^2
 
-    where z is standard normal and g_l the Q-gradient at the level, divided by its own L2 norm when ``normalize_grad`` is on. With one
-    level this is plain Langevin dynamics of constant step size (LQL).
+    where z is standard normal and g_l the Q-gradient at the level, divided by its own L2 norm when ``normalize_grad`` is on.
+    With one level this is plain Langevin dynamics of constant step size (LQL).
 
     :param n_levels: number of noise levels L
     :param sigma_max: largest noise scale, in units of the scaled action box [-1, 1]
