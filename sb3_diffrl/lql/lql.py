@@ -91,7 +91,7 @@ class LQL(OffPolicyAlgorithm):
         ``inverse_temperature`` and ``normalize_grad``, a step drifts by 0.1, so that twenty can cross the box.
     :param inverse_temperature: w; with ``normalize_grad`` a step length rather than an inverse temperature
     :param normalize_grad: divide the Q-gradient by its L2 norm at each step (the paper's practice). Off, the chain samples
-        exp(w Σ Qᵢ).
+        exp(w Σ Qᵢ), once it mixes; the Qᵢ are in units of scaled rewards.
     :param n_particles: chains run for each action, of which the best by the smallest critic is kept
     :param reward_scale: factor on the rewards that the critics learn from
     :param _init_setup_model: whether to build the networks at once
@@ -244,7 +244,7 @@ class LQL(OffPolicyAlgorithm):
     def _apply_settings(self) -> None:
         # The model's attributes rule, so that a callback may change them (`model.inverse_temperature = ...`).
         self.policy.sampler = self._make_sampler()
-        self.critic.reward_scale = self.critic_target.reward_scale = self.reward_scale
+        self.policy.reward_scale = self.critic.reward_scale = self.critic_target.reward_scale = self.reward_scale
 
     def draw(self, batch_size: int) -> UpdateDraws:
         """Draw the randomness of one update from torch's global generator."""
