@@ -1,0 +1,106 @@
+"""Networks that denoise: a perceptron for vectors, a transformer for trajectories."""
+
+import itertools
+
+import torch as th
+from torch import nn
+
+from sb3_diffrl.diffusion.embeddings import FourierEmbedding, SinusoidalEmbedding, TimeEmbedding
+from sb3_diffrl.diffusion.transformer import Transformer1d
+
+
+class MlpDenoiser(nn.Module):
+    """Perceptron over the noisy vector, the time's embedding and a condition.
+
+    :param x_dim: size of the vector
+    :param cond_dim: size of the condition, 0 for none
+    :param net_arch: sizes of the hidden layers
+    :param activation_fn: activation function
+    :param time_embedding_dim: size of the time embedding, even
+    """
+
+    def __init__(
+        self,
+        x_dim: int,
+        cond_dim: int,
+        net_arch: tuple[int, ...] = (256, 256, 256),
+        activation_fn: type[nn.Module] = nn.Mish,
+        time_embedding_dim: int = 64,
+    ) -> None:
+        super().__init__()
+        dim = time_embedding_dim
+        self.time_embedding = TimeEmbedding(SinusoidalEmbedding(dim), dim, 2 * dim, dim, activation_fn)
+        sizes = (x_dim + dim + cond_dim, *net_arch)
+        layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), activation_fn())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], x_dim))
+
+    def forward(self, x_t: th.Tensor, time: th.Tensor, cond: th.Tensor | None = None) -> th.Tensor:
+        """Denoise.
+
+        :param x_t: noisy vectors, ``(batch, x_dim)``
+        :param time: network times in (0, 1], ``(batch,)``
+        :param cond: condition, ``(batch, cond_dim)``, ``None`` if ``cond_dim`` is 0
+        :return: ``(batch, x_dim)``
+        """
+        embedding = self.time_embedding(time).expand(len(x_t), -1)
+        # (batch, x_dim + time_embedding_dim + cond_dim)
+        inputs = [x_t, embedding] if cond is None else [x_t, embedding, cond]
+        output: th.Tensor = self.net(th.cat(inputs, dim=1))
+        return output
+
+
+class DiT1d(nn.Module):
+    """Diffusion transformer over the steps of a trajectory (DiT, 2212.09748; for planning: Diffusion Veteran, 2503.00535).
+
+    The time, and a condition if there is one, set the adaptive layer norms of every block.
+
+    :param x_dim: size of one step
+    :param max_length: largest number of steps
+    :param cond_dim: size of the condition, 0 for none
+    :param d_model: width
+    :param depth: number of blocks
+    :param head_dim: size of an attention head
+    :param time_embedding_dim: size of the time's Fourier encoding, even
+    :raises ValueError: if ``head_dim`` does not divide ``d_model``
+    """
+
+    def __init__(
+        self,
+        x_dim: int,
+        max_length: int,
+        cond_dim: int = 0,
+        d_model: int = 256,
+        depth: int = 2,
+        head_dim: int = 64,
+        time_embedding_dim: int = 128,
+    ) -> None:
+        super().__init__()
+        dim = time_embedding_dim
+        self.time_embedding = TimeEmbedding(FourierEmbedding(dim), dim, d_model, d_model, nn.SiLU)
+        self.cond_embedding = (
+            nn.Sequential(nn.Linear(cond_dim, d_model), nn.SiLU(), nn.Linear(d_model, d_model)) if cond_dim else None
+        )
+        self.transformer = Transformer1d(
+            x_dim, x_dim, max_length, condition_dim=d_model, d_model=d_model, depth=depth, head_dim=head_dim
+        )
+
+    def forward(
+        self, x_t: th.Tensor, time: th.Tensor, cond: th.Tensor | None = None, cond_mask: th.Tensor | None = None
+    ) -> th.Tensor:
+        """Denoise.
+
+        :param x_t: noisy trajectories, ``(batch, length, x_dim)``
+        :param time: network times in (0, 1], ``(batch,)``
+        :param cond: condition, ``(batch, cond_dim)``; ``None`` leaves it out of every row
+        :param cond_mask: ``(batch,)``, false in the rows that leave the condition out (classifier-free guidance)
+        :return: ``(batch, length, x_dim)``
+        :raises ValueError: if a condition is given and ``cond_dim`` is 0
+        """
+        embedding = self.time_embedding(time)
+        if cond is not None:
+            if self.cond_embedding is None:
+                raise ValueError("This network was made without a condition: give it `cond_dim`, or leave `cond` out.")
+            condition = self.cond_embedding(cond)
+            embedding = embedding + (condition if cond_mask is None else condition * cond_mask[:, None])
+        output: th.Tensor = self.transformer(x_t, embedding)
+        return output
