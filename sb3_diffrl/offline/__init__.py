@@ -1,0 +1,1 @@
+"""Offline data and training: Minari in, Minari out."""

@@ -1,0 +1,142 @@
+"""Reading Minari datasets: found or a clear error, and every episode checked."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import minari
+import numpy as np
+from minari.storage.datasets_root_dir import get_dataset_path
+
+from sb3_diffrl.offline.spaces import check_same_spaces, first_fault, leaves
+from sb3_diffrl.offline.writing import check_id
+
+DatasetSource: TypeAlias = str | minari.MinariDataset
+
+
+def open_datasets(dataset: DatasetSource | Sequence[DatasetSource]) -> tuple[minari.MinariDataset, ...]:
+    """Open one dataset or several, without reading their episodes.
+
+    :param dataset: an id, a dataset, or a list of either
+    :raises FileNotFoundError: if an id is not on disk, with the command that makes or downloads it
+    :raises ValueError: if a dataset is damaged or empty, or if several have different spaces
+    """
+    several = [dataset] if isinstance(dataset, (str, minari.MinariDataset)) else list(dataset)
+    if not several:
+        raise ValueError("The list of datasets is empty.")
+    opened = tuple(_open(source) if isinstance(source, str) else source for source in several)
+    for source in opened:
+        if not isinstance(source, minari.MinariDataset):
+            raise TypeError(f"A dataset is an id, a MinariDataset or a list of either, not {source!r}.")
+        if source.total_episodes == 0 or source.total_steps == 0:
+            raise ValueError(f"Dataset {source.id!r} is empty ({source.storage.data_path}): make it again.")
+        check_same_spaces(
+            f"dataset {opened[0].id!r}",
+            (opened[0].observation_space, opened[0].action_space),
+            f"dataset {source.id!r}",
+            (source.observation_space, source.action_space),
+        )
+    return opened
+
+
+def _open(dataset_id: str) -> minari.MinariDataset:
+    check_id(dataset_id)
+    path = get_dataset_path(dataset_id)
+    if not (path / "data").exists():
+        make = "python -m sb3_diffrl.offline.make" if dataset_id.startswith("sb3-diffrl/") else "minari download"
+        similar = difflib.get_close_matches(dataset_id, _local_ids(), cutoff=0.8)
+        hint = f" On disk is {' and '.join(map(repr, similar))}." if similar else ""
+        raise FileNotFoundError(
+            f"Dataset {dataset_id!r} is not on disk (looked in {path}). Get it with `{make} {dataset_id}`.{hint}"
+        )
+    try:
+        return minari.MinariDataset(path / "data")
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(_damaged(dataset_id, path / "data", error)) from error
+
+
+def _local_ids() -> list[str]:
+    root = get_dataset_path()
+    folders = [path.parent for path in root.rglob("data/metadata.json")]
+    return [folder.parent.relative_to(root).as_posix() for folder in folders if "/." not in folder.as_posix()]
+
+
+def _damaged(dataset_id: str, data_path: Path, error: object) -> str:
+    file = next(data_path.glob("*.hdf5"), data_path)
+    return f"Dataset {dataset_id!r} is damaged: {file} cannot be read ({error}). Delete {data_path.parent} and make it again."
+
+
+def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[minari.EpisodeData]:
+    """Read a dataset's episodes in order, each checked.
+
+    The last step of each has a flag: an episode that was cut without one is marked as truncated.
+
+    :param source: dataset
+    :param first: position of the first episode to read
+    :raises ValueError: if the data cannot be read, or an episode does not hold together or holds a NaN or infinite number; the
+        message names dataset, episode and step
+    """
+    # The total is in the metadata of a whole dataset; a part of one is trusted to know its own length.
+    n_steps = 0
+    indices = source.episode_indices[first:]
+    episodes = source.iterate_episodes(indices)
+    for index in indices:
+        try:
+            episode = next(episodes)
+        except Exception as error:
+            reason = "it ends early" if isinstance(error, StopIteration) else error
+            raise ValueError(f"Episode {index}: " + _damaged(source.id, source.storage.data_path, reason)) from error
+        where = f"Dataset {source.id!r}, episode {index}"
+        n_steps += len(episode.rewards)
+        if n_steps > source.total_steps:
+            raise ValueError(_damaged(source.id, source.storage.data_path, f"more than {source.total_steps} steps"))
+        _check_lengths(where, episode)
+        _check_finite(where, episode)
+        yield _with_end(where, episode)
+    if first == 0 and n_steps != source.total_steps:
+        raise ValueError(_damaged(source.id, source.storage.data_path, f"{n_steps} steps in place of {source.total_steps}"))
+
+
+def _check_lengths(where: str, episode: minari.EpisodeData) -> None:
+    steps = len(episode.rewards)
+    if steps == 0:
+        raise ValueError(f"{where} has no steps.")
+    for name in ("observations", "actions", "terminations", "truncations"):
+        expected = steps + (name == "observations")
+        for leaf in leaves(getattr(episode, name)):
+            if len(leaf) != expected:
+                raise ValueError(f"{where} has {steps} rewards and {len(leaf)} {name}, in place of {expected}.")
+
+
+def _check_finite(where: str, episode: minari.EpisodeData) -> None:
+    for name in ("observations", "actions", "rewards"):
+        for leaf in leaves(getattr(episode, name)):
+            fault = first_fault(leaf)
+            if fault is not None:
+                at = f" at index {list(fault[1:])}" if len(fault) > 1 else ""
+                raise ValueError(
+                    f"{where}, step {fault[0]}: {name} has the value {leaf[fault]}{at}, which is not finite in single precision. "
+                    "Leave the episode out (`MinariDataset.filter_episodes`) or make the dataset again."
+                )
+
+
+def _with_end(where: str, episode: minari.EpisodeData) -> minari.EpisodeData:
+    terminations, truncations = np.array(episode.terminations, bool), np.array(episode.truncations, bool)
+    ends = np.flatnonzero(terminations | truncations)
+    if len(ends) > 0 and ends[0] < len(terminations) - 1:
+        raise ValueError(f"{where} goes on after it ended in step {ends[0]}: split it into two episodes.")
+    truncations[-1] |= not terminations[-1]
+    return dataclasses.replace(episode, terminations=terminations, truncations=truncations)
+
+
+def infos_at(episode: minari.EpisodeData, row: int) -> dict[str, Any]:
+    """The recorded infos that belong to one observation of an episode; empty where none were recorded."""
+
+    def pick(tree: Any) -> Any:
+        return {key: pick(part) for key, part in tree.items()} if isinstance(tree, dict) else tree[row]
+
+    return pick(episode.infos or {})  # type: ignore[no-any-return]
