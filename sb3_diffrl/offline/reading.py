@@ -10,7 +10,8 @@ import minari
 import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from sb3_diffrl.offline.spaces import check_same_spaces, first_fault, leaves
+from sb3_diffrl.offline.episodes import check_episode
+from sb3_diffrl.offline.spaces import check_same_spaces
 from sb3_diffrl.offline.writing import check_id
 
 DatasetSource: TypeAlias = str | minari.MinariDataset
@@ -80,7 +81,6 @@ def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[mina
     :raises ValueError: if the data cannot be read, or an episode does not hold together or holds a NaN or infinite number; the
         message names dataset, episode and step
     """
-    # The total is in the metadata of a whole dataset; a part of one is trusted to know its own length.
     n_steps = 0
     indices = source.episode_indices[first:]
     episodes = source.iterate_episodes(indices)
@@ -90,47 +90,15 @@ def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[mina
         except Exception as error:
             reason = "it ends early" if isinstance(error, StopIteration) else error
             raise ValueError(f"Episode {index}: " + _damaged(source.id, source.storage.data_path, reason)) from error
-        where = f"Dataset {source.id!r}, episode {index}"
         n_steps += len(episode.rewards)
         if n_steps > source.total_steps:
             raise ValueError(_damaged(source.id, source.storage.data_path, f"more than {source.total_steps} steps"))
-        _check_lengths(where, episode)
-        _check_finite(where, episode)
-        yield _with_end(where, episode)
+        check_episode(f"Dataset {source.id!r}, episode {index}", episode)
+        truncations = np.array(episode.truncations, bool)
+        truncations[-1] |= not episode.terminations[-1]
+        yield dataclasses.replace(episode, truncations=truncations)
     if first == 0 and n_steps != source.total_steps:
         raise ValueError(_damaged(source.id, source.storage.data_path, f"{n_steps} steps in place of {source.total_steps}"))
-
-
-def _check_lengths(where: str, episode: minari.EpisodeData) -> None:
-    steps = len(episode.rewards)
-    if steps == 0:
-        raise ValueError(f"{where} has no steps.")
-    for name in ("observations", "actions", "terminations", "truncations"):
-        expected = steps + (name == "observations")
-        for leaf in leaves(getattr(episode, name)):
-            if len(leaf) != expected:
-                raise ValueError(f"{where} has {steps} rewards and {len(leaf)} {name}, in place of {expected}.")
-
-
-def _check_finite(where: str, episode: minari.EpisodeData) -> None:
-    for name in ("observations", "actions", "rewards"):
-        for leaf in leaves(getattr(episode, name)):
-            fault = first_fault(leaf)
-            if fault is not None:
-                at = f" at index {list(fault[1:])}" if len(fault) > 1 else ""
-                raise ValueError(
-                    f"{where}, step {fault[0]}: {name} has the value {leaf[fault]}{at}, which is not finite in single precision. "
-                    "Leave the episode out (`MinariDataset.filter_episodes`) or make the dataset again."
-                )
-
-
-def _with_end(where: str, episode: minari.EpisodeData) -> minari.EpisodeData:
-    terminations, truncations = np.array(episode.terminations, bool), np.array(episode.truncations, bool)
-    ends = np.flatnonzero(terminations | truncations)
-    if len(ends) > 0 and ends[0] < len(terminations) - 1:
-        raise ValueError(f"{where} goes on after it ended in step {ends[0]}: split it into two episodes.")
-    truncations[-1] |= not terminations[-1]
-    return dataclasses.replace(episode, terminations=terminations, truncations=truncations)
 
 
 def infos_at(episode: minari.EpisodeData, row: int) -> dict[str, Any]:

@@ -207,42 +207,20 @@ def same_space(space: spaces.Space[Any], other: spaces.Space[Any]) -> bool:
     return bool(space == other)
 
 
-def stack(space: spaces.Space[Any], samples: Sequence[Any]) -> Any:
+def stack(space: spaces.Space[Any], samples: Any) -> Any:
     """Stack samples of a space along a new first axis, part by part, in the types of the space.
 
-    :param samples: ``n`` of them
+    :param samples: a list of them, or what this function returns
     :return: an array ``(n, ...)``, or a dictionary or tuple of such
     """
     if isinstance(space, spaces.Dict):
-        return {key: stack(part, [sample[key] for sample in samples]) for key, part in space.items()}
+        return {key: stack(part, _parts(samples, key)) for key, part in space.items()}
     if isinstance(space, spaces.Tuple):
-        return tuple(stack(part, [sample[i] for sample in samples]) for i, part in enumerate(space))
+        return tuple(stack(part, _parts(samples, i)) for i, part in enumerate(space))
     if isinstance(space, spaces.Text):
         return list(samples)
     return np.asarray(samples, space.dtype).reshape(len(samples), *(space.shape or ()))
 
 
-def leaves(tree: Any) -> list[Any]:
-    """The arrays in a nest of dictionaries and tuples."""
-    if isinstance(tree, dict):
-        return [leaf for part in tree.values() for leaf in leaves(part)]
-    if isinstance(tree, tuple):
-        return [leaf for part in tree for leaf in leaves(part)]
-    return [tree]
-
-
-def first_fault(values: Any, rows_at_once: int = 65536) -> tuple[int, ...] | None:
-    """Index of the first number which is not finite in single precision, in which networks compute; ``None`` if all are.
-
-    :param values: ``(n, ...)``; what is not floating point has none
-    :param rows_at_once: bounds the memory
-    """
-    if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.floating):
-        return None
-    for start in range(0, len(values), rows_at_once):
-        with np.errstate(over="ignore"):
-            is_finite = np.isfinite(values[start : start + rows_at_once].astype(np.float32, copy=False))
-        if not is_finite.all():
-            row, *rest = (int(i) for i in np.argwhere(~is_finite)[0])
-            return (start + row, *rest)
-    return None
+def _parts(samples: Any, key: Any) -> Any:
+    return [sample[key] for sample in samples] if isinstance(samples, list) else samples[key]

@@ -20,12 +20,13 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.serialization import serialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from sb3_diffrl.offline.spaces import first_fault, leaves, stack
+from sb3_diffrl.offline.episodes import check_episode
+from sb3_diffrl.offline.infos import InfoColumns
+from sb3_diffrl.offline.spaces import stack
 
 DataFormat = Literal["hdf5", "arrow"]
-# Where an info lies in a nest of dictionaries, and infos by that; None for what is no number.
-InfoPath = tuple[str, ...]
-FlatInfo = dict[InfoPath, np.ndarray | None]
+# Minari takes each batch of rows that pyarrow gives it for an episode, and this is a batch's default size.
+ARROW_ROWS = 131072
 
 
 class DatasetWriter:
@@ -101,48 +102,32 @@ class DatasetWriter:
         :param infos: ``n_steps + 1`` of them, the first from the reset; numbers and arrays of numbers are kept. The keys are those
             of the first episode; where a step lacks one it holds NaN, 0 or false
         :param seed: which the env was reset with
-        :raises ValueError: if the lengths do not agree or a number is NaN or infinite
+        :raises ValueError: if the lengths do not agree, the episode goes on after its end, or a number is NaN or infinite
         """
-        rewards = np.asarray(rewards, np.float64)
-        steps = len(rewards)
-        data = {
-            "observations": (self._storage.observation_space, observations, steps + 1),
-            "actions": (self._storage.action_space, actions, steps),
-        }
-        stacked = {name: stack(space, values) if isinstance(values, list) else values for name, (space, values, _) in data.items()}
-        if steps == 0:
-            raise ValueError(f"Episode {self.n_episodes} has no steps.")
-        lengths = {name: len(leaf) for name, tree in stacked.items() for leaf in leaves(tree)}
-        lengths |= {"terminations": len(terminations), "truncations": len(truncations)}
-        if infos is not None:
-            lengths["infos"] = len(infos)
-        for name, length in lengths.items():
-            expected = steps + (name in ("observations", "infos"))
-            if length != expected:
-                raise ValueError(f"Episode {self.n_episodes} has {steps} rewards and {length} {name}: {expected} are needed.")
-        for name, tree in (*stacked.items(), ("rewards", rewards)):
-            for leaf in leaves(tree):
-                fault = first_fault(leaf)
-                if fault is not None:
-                    raise ValueError(
-                        f"Episode {self.n_episodes}, step {fault[0]}: {name} has the value {leaf[fault]}, which is not finite."
-                    )
         # Minari types these as lists, and takes arrays.
         flags: dict[str, Any] = {
-            "rewards": rewards,
+            "rewards": np.asarray(rewards, np.float64),
             "terminations": np.asarray(terminations, bool),
             "truncations": np.asarray(truncations, bool),
         }
         episode = EpisodeBuffer(
             id=self.n_episodes,
             seed=seed,
-            observations=stacked["observations"],
-            actions=stacked["actions"],
+            observations=stack(self._storage.observation_space, observations),
+            actions=stack(self._storage.action_space, actions),
             infos=None if infos is None else self._infos.stack(infos),
             **flags,
         )
+        check_episode(f"Episode {self.n_episodes}", episode)
+        steps = len(episode.rewards)
+        if infos is not None and len(infos) != steps + 1:
+            raise ValueError(f"Episode {self.n_episodes} has {steps} rewards and {len(infos)} infos, in place of {steps + 1}.")
+        if self._storage.FORMAT == "arrow" and steps >= ARROW_ROWS:
+            raise ValueError(
+                f"Episode {self.n_episodes} has {steps} steps: Minari reads at most {ARROW_ROWS - 1} from arrow. Use hdf5."
+            )
         self._storage.update_episodes([episode])
-        self._episode_metadata.append(minari.EpisodeMetadataCallback()({"rewards": rewards}))
+        self._episode_metadata.append(minari.EpisodeMetadataCallback()(flags))
         self.n_episodes += 1
         self.n_steps += steps
 
@@ -173,76 +158,6 @@ class DatasetWriter:
         return minari.MinariDataset(target / "data")
 
 
-class InfoColumns:
-    """Turns step infos, which may differ from step to step, into columns of arrays, which may not.
-
-    Environments give other infos at a reset than at a step (HalfCheetah's reset has no velocity), which Minari cannot store.
-    """
-
-    def __init__(self) -> None:
-        self._columns: dict[InfoPath, tuple[np.dtype[Any], tuple[int, ...]]] | None = None
-        self._dropped: set[InfoPath] = set()
-
-    def stack(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Columns of one episode, nested as the infos are.
-
-        :param infos: ``n`` infos
-        :return: arrays ``(n, ...)``
-        """
-        rows = [_flat_info(info) for info in infos]
-        if self._columns is None:
-            self._columns = _columns(rows)
-        nested: dict[str, Any] = {}
-        for path, (dtype, shape) in self._columns.items():
-            group = nested
-            for key in path[:-1]:
-                group = group.setdefault(key, {})
-            group[path[-1]] = values = np.full((len(rows), *shape), np.nan if dtype.kind == "f" else 0, dtype)
-            for i, row in enumerate(rows):
-                value = row.get(path)
-                if value is not None and value.shape == shape:
-                    values[i] = value
-                elif path in row:
-                    self._warn(path)
-        for path in {path for row in rows for path in row} - set(self._columns):
-            self._warn(path)
-        return nested
-
-    def _warn(self, path: InfoPath) -> None:
-        if path not in self._dropped:
-            self._dropped.add(path)
-            warnings.warn(
-                f"Info {'/'.join(path)!r} is left out where it is not a number, or an array of the shape that it has in the first "
-                "episode.",
-                stacklevel=2,
-            )
-
-
-def _columns(rows: Sequence[FlatInfo]) -> dict[InfoPath, tuple[np.dtype[Any], tuple[int, ...]]]:
-    # Type and shape of each info that is numeric in one row at least
-    columns: dict[InfoPath, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-    for row in rows:
-        for path, value in row.items():
-            if value is not None:
-                dtype = np.promote_types(value.dtype, columns[path][0]) if path in columns else value.dtype
-                columns[path] = dtype, value.shape
-    return columns
-
-
-def _flat_info(info: Mapping[str, Any], prefix: InfoPath = ()) -> FlatInfo:
-    flat: FlatInfo = {}
-    for key, value in info.items():
-        if isinstance(value, Mapping):
-            flat |= _flat_info(value, (*prefix, str(key)))
-        else:
-            try:
-                array = np.asarray(value)
-            except ValueError:  # ragged
-                array = np.asarray(None)
-            flat[(*prefix, str(key))] = array if array.dtype.kind in "biuf" else None
-    return flat
-
-
 def check_new_id(dataset_id: str, overwrite: bool) -> None:
     """Check that a dataset of this id may be written.
 
@@ -269,8 +184,8 @@ def check_id(dataset_id: str) -> None:
         parse_dataset_id(dataset_id)
     except (ValueError, TypeError):  # it raises a TypeError where the version is missing
         raise ValueError(
-            f"{dataset_id!r} is no dataset id. Ids have the form namespace/name-v0, of letters, digits, - and _, the namespace with "
-            "two characters or more."
+            f"{dataset_id!r} is no dataset id. Ids have the form namespace/name-v0, of letters, digits, - and _, the namespace "
+            "with two characters or more."
         ) from None
 
 
