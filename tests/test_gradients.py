@@ -1,18 +1,22 @@
 """The hand-written gradient of the critics against automatic differentiation."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
-from sb3_diffrl.lql import gradients
+from sb3_diffrl.lql import activations, native
 from sb3_diffrl.lql.activations import Mish
 from sb3_diffrl.lql.critic import LangevinCritic, StackedLinear
-from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient, has_fast_gradient, make_q_gradient
-from sb3_diffrl.lql.langevin import LangevinSampler
+from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
+from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+from sb3_diffrl.lql.policies import LangevinPolicy
 
 
 def make_critic(
@@ -39,57 +43,98 @@ def make_critic(
     return critic
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
-@pytest.mark.parametrize("activation_fn", [nn.Mish, nn.ReLU, nn.Tanh, nn.SiLU])
-@pytest.mark.parametrize(
+SIZES = pytest.mark.parametrize(
     ("net_arch", "n_critics", "n_levels", "action_dim", "batch"),
-    [([], 2, 3, 2, 4), ([8], 1, 1, 1, 1), ([16, 8, 32], 3, 10, 6, 33), ([24, 24, 24, 24], 2, 2, 17, 5)],
+    [([8], 1, 1, 1, 1), ([16, 8, 32], 3, 10, 6, 33), ([24, 24, 24, 24], 2, 2, 17, 5), ([100, 37], 4, 3, 40, 130)],
 )
+ACTIVATIONS = pytest.mark.parametrize("activation_fn", [nn.Mish, nn.ReLU, nn.Tanh, nn.SiLU])
+
+
+@ACTIVATIONS
+@SIZES
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
 def test_hand_written_gradient_equals_autograd(
-    backend: str,
-    activation_fn: type[nn.Module],
-    net_arch: list[int],
-    n_critics: int,
-    n_levels: int,
-    action_dim: int,
-    batch: int,
-    monkeypatch: pytest.MonkeyPatch,
+    dtype: th.dtype, activation_fn: type[nn.Module], net_arch: list[int], n_critics: int, n_levels: int, action_dim: int, batch: int
 ) -> None:
-    monkeypatch.setattr(gradients, "SMALL", 10**9 if backend == "numpy" else -1)
     critic = make_critic(5, action_dim, net_arch, n_critics, n_levels, activation_fn)
     features, actions = th.randn(batch, 5), th.rand(batch, action_dim) * 2 - 1
-    plain = AutogradQGradient(critic, features)
-    for dtype, tolerance in ((th.float32, 1e-5), (th.float64, 1e-5)):
-        fast = StackedMlpQGradient(critic, features, dtype)
-        assert fast.xp.__name__ == backend
-        # Back to an earlier level, too: what is kept for a level must not leak into another.
-        for level in (*range(n_levels), 0):
-            expected = plain(actions, level)
-            result = th.as_tensor(fast(fast.array(actions.to(dtype)), level))
-            assert result.dtype == dtype
-            scale = expected.abs().max()
-            th.testing.assert_close(result.to(th.float32), expected, atol=float(tolerance * (1 + scale)), rtol=0)
+    plain, fast = AutogradQGradient(critic, features), StackedMlpQGradient(critic, features, dtype)
+    # Back to an earlier level, too: what is kept for a level must not leak into another.
+    for level in (*range(n_levels), 0):
+        expected = plain(actions, level)
+        result = fast(actions.to(dtype), level)
+        assert result.dtype == dtype
+        scale = expected.abs().max()
+        th.testing.assert_close(result.to(th.float32), expected, atol=float(1e-5 * (1 + scale)), rtol=0)
 
 
-@pytest.mark.parametrize("activation_fn", [nn.Mish, nn.ReLU, nn.Tanh, nn.SiLU])
-def test_hand_written_gradient_is_finite_and_right_far_out(activation_fn: type[nn.Module]) -> None:
+def test_a_critic_without_hidden_layers_has_a_constant_gradient() -> None:
+    critic = make_critic(5, 2, [], 3, n_levels=2)
+    fast = StackedMlpQGradient(critic, th.randn(4, 5))
+    layer = critic.layers[0]
+    assert isinstance(layer, StackedLinear)
+    expected = layer.weight[:, 5:7, 0].sum(0).detach()
+    th.testing.assert_close(fast(th.rand(4, 2), 1), expected.expand(4, -1))
+    assert not native.supports(critic)
+
+
+@ACTIVATIONS
+@SIZES
+def test_compiled_chain_equals_the_plain_one(
+    activation_fn: type[nn.Module], net_arch: list[int], n_critics: int, n_levels: int, action_dim: int, batch: int
+) -> None:
+    critic = make_critic(5, action_dim, net_arch, n_critics, n_levels, activation_fn)
+    features = th.randn(batch, 5)
+    for normalize_grad in (False, True):
+        # Short steps: a chain must not turn a rounding difference into another mode.
+        sampler = LangevinSampler(n_levels, n_steps=3, step_size=1e-5, sigma_max=0.003, normalize_grad=normalize_grad)
+        draws = sampler.draw(batch, action_dim)
+        expected = sampler.sample(AutogradQGradient(critic, features), draws)
+        actions = native.sample(sampler, critic, features, draws)
+        assert (expected - draws.start).abs().mean() > 1e-4  # it moved
+        th.testing.assert_close(actions, expected, atol=2e-5, rtol=0)
+
+
+@ACTIVATIONS
+def test_compiled_chain_does_not_depend_on_its_batch(activation_fn: type[nn.Module]) -> None:
+    critic = make_critic(5, 3, [40, 24], n_levels=4, activation_fn=activation_fn)
+    features, sampler = th.randn(50, 5), LangevinSampler(4)
+    draws = sampler.draw(50, 3)
+    together = native.sample(sampler, critic, features, draws)
+    for rows in ([0], [49], [3, 17], list(range(8, 21))):
+        alone = native.sample(sampler, critic, features[rows], ChainDraws(draws.start[rows], draws.noise[:, :, rows]))
+        assert th.equal(alone, together[rows])
+
+
+@ACTIVATIONS
+def test_gradients_are_finite_and_right_far_out(activation_fn: type[nn.Module]) -> None:
     critic = make_critic(1, 1, [32], n_critics=1, n_levels=1, activation_fn=activation_fn)
     # Pre-activations from -1000 to 1000
-    features = th.linspace(-1000, 1000, 101)[:, None]
-    actions = th.zeros(101, 1)
-    fast = StackedMlpQGradient(critic, features)
-    result = th.as_tensor(fast(fast.array(actions), 0))
-    th.testing.assert_close(result, AutogradQGradient(critic, features)(actions, 0), atol=1e-4, rtol=1e-4)
+    features, actions = th.linspace(-1000, 1000, 101)[:, None], th.zeros(101, 1)
+    expected = AutogradQGradient(critic, features)(actions, 0)
+    th.testing.assert_close(StackedMlpQGradient(critic, features)(actions, 0), expected, atol=1e-4, rtol=1e-4)
+    # One step without noise is the gradient times step_size / 2 * w = 0.01
+    sampler = LangevinSampler(1, n_steps=1, step_size=0.02, inverse_temperature=1.0, normalize_grad=False)
+    step = native.sample(sampler, critic, features, ChainDraws(actions, th.zeros(1, 1, 101, 1)))
+    th.testing.assert_close(step, (0.01 * expected).clip(-1, 1), atol=1e-6, rtol=1e-4)
+
+
+def test_compiled_chain_lets_nan_through() -> None:
+    critic, sampler = make_critic(n_levels=2), LangevinSampler(2)
+    features = th.zeros(3, 4)
+    features[1] = th.nan
+    actions = native.sample(sampler, critic, features, sampler.draw(3, 3))
+    assert actions.isnan().any(dim=1).tolist() == [False, True, False]
 
 
 def test_whole_chains_agree() -> None:
     critic = make_critic(17, 6, [64, 64, 64], n_levels=10)
     features, sampler = th.randn(256, 17), LangevinSampler()
     draws = sampler.draw(256, 6)
-    fast = sampler.sample(make_q_gradient(critic, features), draws)
     plain = sampler.sample(AutogradQGradient(critic, features), draws)
-    # A chain may turn a rounding difference into another mode; nearly all must not.
-    assert ((fast - plain).abs().amax(dim=1) < 1e-3).float().mean() > 0.98
+    for fast in (sampler.sample(StackedMlpQGradient(critic, features), draws), native.sample(sampler, critic, features, draws)):
+        # A chain may turn a rounding difference into another mode; nearly all must not.
+        assert ((fast - plain).abs().amax(dim=1) < 1e-3).float().mean() > 0.98
 
 
 class LayerNormCritic(LangevinCritic):
@@ -99,13 +144,54 @@ class LayerNormCritic(LangevinCritic):
         return super().q_values(nn.functional.layer_norm(features, features.shape[1:]), actions, levels)
 
 
-def test_a_subclass_or_unknown_activation_takes_the_automatic_gradient() -> None:
-    space, action_space = spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,))
-    own = LayerNormCritic(space, action_space, [8], FlattenExtractor(space), 4, n_levels=2)
-    for critic in (own, make_critic(activation_fn=nn.ELU)):
-        assert not has_fast_gradient(critic)
-        assert isinstance(make_q_gradient(critic, th.randn(3, 4)), AutogradQGradient)
-    assert has_fast_gradient(make_critic())
+def make_policy(policy_class: type[LangevinPolicy] = LangevinPolicy, **kwargs: Any) -> LangevinPolicy:
+    return policy_class(spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,)), lambda _: 1e-3, [8], sampler=LangevinSampler(2), **kwargs)
+
+
+class LayerNormPolicy(LangevinPolicy):
+    critic_class = LayerNormCritic
+
+
+def test_the_fastest_backend_that_is_right_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_policy(LayerNormPolicy).chain_backend == "autograd"
+    assert make_policy(activation_fn=nn.ELU).chain_backend == "autograd"
+    assert make_policy().chain_backend == "native"
+    assert make_policy().double().chain_backend == "torch"
+    for backend in ("native", "torch", "autograd"):
+        assert make_policy(backend=backend).chain_backend == backend
+    with pytest.raises(RuntimeError, match="cannot compute this critic"):
+        _ = make_policy(LayerNormPolicy, backend="native").chain_backend
+    with pytest.raises(ValueError, match="must be one of auto, native"):
+        make_policy(backend="fast")
+
+
+def test_without_a_compiler_chains_run_in_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load.cache_clear()
+    try:
+        policy = make_policy()
+        assert policy.chain_backend == "torch"
+        actions, _ = policy.predict(np.zeros((3, 4), np.float32), deterministic=True)
+    finally:
+        native.load.cache_clear()
+    monkeypatch.undo()
+    np.testing.assert_allclose(policy.predict(np.zeros((3, 4), np.float32), deterministic=True)[0], actions, atol=1e-4)
+
+
+def test_a_failing_compiler_is_no_reason_to_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load.cache_clear()
+    try:
+        with caplog.at_level("INFO"):
+            assert native.load() is None
+    finally:
+        native.load.cache_clear()
+    assert "`false` failed" in caplog.text
+    assert list((tmp_path / "sb3_diffrl").iterdir()) == []  # nothing half-made is left
 
 
 def test_autograd_gradient_works_where_sb3_predicts() -> None:
@@ -144,7 +230,8 @@ def test_weights_start_within_two_sigma() -> None:
     assert list(itertools.chain(fresh.state_dict())) == names  # weights alone: SB3 expects no other entries
 
 
-def test_fast_mish_is_twice_differentiable() -> None:
+def test_fast_mish_is_twice_differentiable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "SMALL", 0)
     z = th.linspace(-8, 30, 200, dtype=th.float64, requires_grad=True)
     assert th.autograd.gradcheck(Mish(), z)
     assert th.autograd.gradgradcheck(Mish(), z)

@@ -103,13 +103,8 @@ def test_q_values(path: Path) -> None:
         np.testing.assert_allclose(q_value.detach(), golden[f"q/q{i}_at_level"], atol=1e-5)
 
 
-def stacked(critic: LangevinCritic, features: th.Tensor) -> QGradient:
-    gradient = StackedMlpQGradient(critic, features)
-    return lambda actions, level: th.as_tensor(gradient(gradient.array(actions), level))
-
-
 @golden_files
-@pytest.mark.parametrize("make_gradient", [AutogradQGradient, stacked])
+@pytest.mark.parametrize("make_gradient", [AutogradQGradient, StackedMlpQGradient])
 def test_action_gradient(path: Path, make_gradient: Callable[[LangevinCritic, th.Tensor], QGradient]) -> None:
     golden = load(path)
     gradient = make_gradient(make_model(golden).critic, golden["data/obs"])

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch as th
 
 #: ``q_gradient(actions, level)``: the gradient of the critics' sum at ``actions`` ``(batch, action_dim)`` for one noise level, same
-#: shape as ``actions``. Arrays are torch's, or those of the module that the gradient names as its attribute ``xp`` (numpy).
-QGradient = Callable[[Any, int], Any]
+#: shape as ``actions``.
+QGradient = Callable[[th.Tensor, int], th.Tensor]
 
 # Keeps the normalised drift finite where the gradient vanishes; the reference implementation's value.
 GRADIENT_EPS = 1e-8
@@ -137,16 +137,12 @@ class LangevinSampler:
         :param draws: start and noise, see ``ChainDraws``
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
-        # The names below are common to torch and numpy: a gradient may compute in numpy, which is faster on small batches.
-        xp = getattr(q_gradient, "xp", th)
-        noise: Any
-        actions: Any
-        actions, noise = draws if xp is th else (draws.start.cpu().numpy(), draws.noise.cpu().numpy())
+        actions, noise = draws
         for level, step_size in enumerate(self.step_sizes):
             drift_scale = 0.5 * step_size * self.inverse_temperature
             for step_noise in noise[level] * math.sqrt(step_size):
                 drift = q_gradient(actions, level)
                 if self.normalize_grad:
-                    drift = drift / (xp.sqrt((drift * drift).sum(-1))[:, None] + GRADIENT_EPS)
+                    drift = drift / (th.linalg.vector_norm(drift, dim=-1, keepdim=True) + GRADIENT_EPS)
                 actions = (actions + drift * drift_scale + step_noise).clip(-1.0, 1.0)
-        return th.as_tensor(actions)
+        return actions

@@ -28,7 +28,6 @@ from torch import nn
 
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.env_guard import NonFiniteError, finite
-from sb3_diffrl.lql.gradients import has_fast_gradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler, check_positive
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 
@@ -203,8 +202,8 @@ class LQL(OffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         if self.verbose >= 1:
-            kind = "hand-written" if has_fast_gradient(self.critic) else "automatic"
-            print(f"Langevin chain on the {kind} gradient of the critic")
+            kinds = {"native": "compiled", "torch": "hand-written, in torch", "autograd": "by automatic differentiation"}
+            print(f"Langevin chains: gradient of the critics {kinds[self.policy.chain_backend]}")
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """Do ``gradient_steps`` updates on minibatches from the replay buffer, and log their mean metrics."""

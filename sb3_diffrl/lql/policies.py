@@ -1,6 +1,6 @@
 """Policies of LQL and NC-LQL: a critic, its target, and the sampler that draws actions from it."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
@@ -16,12 +16,14 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_diffrl.lql import native
 from sb3_diffrl.lql.critic import LangevinCritic
-from sb3_diffrl.lql.gradients import has_fast_gradient, make_q_gradient
+from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 
 # Seeds the start and the noise of deterministic actions: part of the policy's definition, so it never changes.
 DETERMINISTIC_SEED = 0
+BACKENDS = ("auto", "native", "torch", "autograd")
 
 
 class LangevinPolicy(BasePolicy):
@@ -41,6 +43,7 @@ class LangevinPolicy(BasePolicy):
     :param n_critics: number of critics
     :param sampler: sampler of the actions; its ``n_levels`` is the critic's, too
     :param reward_scale: factor on the rewards that the critics learn from
+    :param backend: what computes the chains, see ``LangevinPolicy.chain_backend``; the fastest that the critics allow if ``"auto"``
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -64,6 +67,7 @@ class LangevinPolicy(BasePolicy):
         n_critics: int = 2,
         sampler: LangevinSampler | None = None,
         reward_scale: float = 1.0,
+        backend: Literal["auto", "native", "torch", "autograd"] = "auto",
     ) -> None:
         super().__init__(
             observation_space,
@@ -80,6 +84,9 @@ class LangevinPolicy(BasePolicy):
         self.n_critics = n_critics
         self.sampler = LangevinSampler() if sampler is None else sampler
         self.reward_scale = reward_scale
+        if backend not in BACKENDS:
+            raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+        self.backend = backend
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -133,12 +140,14 @@ class LangevinPolicy(BasePolicy):
             n_critics=self.n_critics,
             sampler=self.sampler,
             reward_scale=self.reward_scale,
+            backend=self.backend,
         )
         return data
 
     def set_training_mode(self, mode: bool) -> None:
         """Put the critic (never its target) in training or evaluation mode: it matters to batch norm and dropout."""
-        self.critic.set_training_mode(mode)
+        if mode != self.critic.training:  # costs a tenth of a millisecond, at every prediction
+            self.critic.set_training_mode(mode)
         self.training = mode
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -168,15 +177,18 @@ class LangevinPolicy(BasePolicy):
         """One fixed action for each observation: the chain with the same start and noise for every observation.
 
         The result for an observation does not depend on the others in the batch, nor on the call. Early Langevin steps are long
-        and can turn a rounding difference into another action, so the chain runs in double precision where it may be batched,
-        and row by row where features or gradients come from somebody else's network.
+        and can turn a rounding difference into another action: compiled chains are exact by themselves; in torch, the chain runs
+        in double precision where it may be batched, and row by row where features or gradients come from somebody else's network.
 
         :param obs: preprocessed batch of observations
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
-        exact = has_fast_gradient(self.critic) and not any(True for _ in self.critic.features_extractor.parameters())
-        if exact and self.device.type != "mps":  # which has no double precision
-            return self._run_fixed_chains(self.critic.features(obs), th.float64)
+        backend = self.chain_backend
+        if backend != "autograd" and not any(True for _ in self.critic.features_extractor.parameters()):
+            if backend == "native":
+                return self._run_fixed_chains(self.critic.features(obs))
+            if self.device.type != "mps":  # which has no double precision
+                return self._run_fixed_chains(self.critic.features(obs), th.float64)
         rows = _split_rows(obs)
         return th.cat([self._run_fixed_chains(self.critic.features(row)) for row in rows])
 
@@ -187,24 +199,56 @@ class LangevinPolicy(BasePolicy):
         # (..., n_particles, action_dim) -> (..., n_particles * batch, action_dim): every observation gets the same
         draws = ChainDraws(start.repeat_interleave(batch, dim=-2), noise.repeat_interleave(batch, dim=-2))
         draws = ChainDraws(*(draw.to(features.device, dtype) for draw in draws))
-        return self._run_chains(features, draws, dtype)
+        return self._run_chains(features, draws, dtype, row_by_row=True)
 
-    def _run_chains(self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None = None) -> th.Tensor:
+    def _run_chains(
+        self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None = None, row_by_row: bool = False
+    ) -> th.Tensor:
         if self.sampler.n_levels != self.critic.n_levels:
             raise ValueError(
                 f"The sampler has {self.sampler.n_levels} noise levels, the critic {self.critic.n_levels}: they must agree."
             )
         n_particles = self.sampler.n_particles
         # (batch, features_dim) -> (n_particles * batch, features_dim)
-        features = features.repeat(n_particles, 1)
-        actions = self.sampler.sample(make_q_gradient(self.critic, features, dtype), draws).to(features.dtype)
+        features = features.repeat(n_particles, 1) if n_particles > 1 else features
+        actions = self._chains(features, draws, dtype)
+        # (n_particles * batch, ...) -> (n_particles, batch, ...)
+        actions, features = (x.view(n_particles, -1, x.shape[1]) for x in (actions, features))
         if n_particles == 1:
-            return actions
+            return actions[0]
         # Keep the particle with the largest min-over-critics value at the sharpest level
-        q_values = self.critic.q_values(features, actions).amin(dim=0)
-        best = q_values.view(n_particles, -1).argmax(dim=0)
-        # (n_particles * batch, action_dim) -> (batch, action_dim)
-        return actions.view(n_particles, -1, actions.shape[1])[best, th.arange(len(best), device=best.device)]
+        if row_by_row:
+            columns = zip(features.unbind(1), actions.unbind(1), strict=True)
+            q_values = th.stack([self.critic.q_values(*column).amin(dim=0) for column in columns], dim=1)
+        else:
+            q_values = self.critic.q_values(features.flatten(0, 1), actions.flatten(0, 1)).amin(dim=0).view(n_particles, -1)
+        best = q_values.argmax(dim=0)
+        return actions[best, th.arange(len(best), device=best.device)]
+
+    @property
+    def chain_backend(self) -> Literal["native", "torch", "autograd"]:
+        """What computes the chains, the fastest that the critics allow unless ``backend`` says otherwise.
+
+        ``"native"``: compiled C, for the package's own critics on a CPU; ``"torch"``: hand-written gradient, for the same critics
+        on any device; ``"autograd"``: automatic gradient, for any critic.
+
+        :raises RuntimeError: if ``backend`` asks for one that cannot be had
+        """
+        usable = {"native": native.supports(self.critic), "torch": StackedMlpQGradient.supports(self.critic), "autograd": True}
+        if self.backend == "auto":
+            usable["native"] = usable["native"] and native.load() is not None
+            return next(name for name in ("native", "torch", "autograd") if usable[name])
+        if not usable[self.backend] or (self.backend == "native" and native.load() is None):
+            raise RuntimeError(f'`backend={self.backend!r}` cannot compute this critic here; use `backend="auto"`.')
+        return self.backend
+
+    def _chains(self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None) -> th.Tensor:
+        backend = self.chain_backend
+        if backend == "native":
+            return native.sample(self.sampler, self.critic, features, draws)
+        if backend == "torch":
+            return self.sampler.sample(StackedMlpQGradient(self.critic, features, dtype), draws).to(features.dtype)
+        return self.sampler.sample(AutogradQGradient(self.critic, features), draws)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Rescale the action from [-1, 1] to [low, high], never outside by a rounding error."""
