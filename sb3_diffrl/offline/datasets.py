@@ -202,8 +202,8 @@ class Windows:
         n_dropped = int((counts == 0).sum())
         if n_dropped == dataset.n_episodes:
             raise ValueError(
-                f"No episode is long enough for a window of {horizon} observations {stride} steps apart, which takes {reach} steps: "
-                f"the longest has {dataset.episode_lengths.max()}. Take a shorter horizon or stride, or `pad='last'`."
+                f"No episode is long enough for a window of {horizon} observations {stride} steps apart, which takes {reach} "
+                f"steps: the longest has {dataset.episode_lengths.max()}. Take a shorter horizon or stride, or `pad='last'`."
             )
         if n_dropped:
             warnings.warn(
@@ -228,8 +228,7 @@ class Windows:
         last = ends[episodes + 1] + episodes
         # (batch, 1) + (horizon,) -> (batch, horizon)
         rows: np.ndarray = (starts + episodes)[:, None] + np.arange(self.horizon) * self.stride
-        rows = np.minimum(rows, last[:, None])
-        return rows
+        return rows.clip(max=last[:, None])
 
     def observations(self, indices: np.ndarray) -> np.ndarray:
         """Observations in windows, float32, ``(batch, horizon, obs_dim)``."""
