@@ -1,6 +1,7 @@
 """Networks that denoise: a perceptron for vectors, a transformer for trajectories."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch as th
 from torch import nn
@@ -23,7 +24,7 @@ class MlpDenoiser(nn.Module):
         self,
         x_dim: int,
         cond_dim: int,
-        net_arch: tuple[int, ...] = (256, 256, 256),
+        net_arch: Sequence[int] = (256, 256, 256),
         activation_fn: type[nn.Module] = nn.Mish,
         time_embedding_dim: int = 64,
     ) -> None:

@@ -1,0 +1,61 @@
+"""A denoiser with its moving average and its process: what is trained, and what samples."""
+
+from collections.abc import Callable
+
+import torch as th
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sb3_diffrl.diffusion.process import Denoise, DiffusionProcess, Fixed, Guidance, Solver
+
+
+class DiffusionModel(nn.Module):
+    """A conditional diffusion model: the network that learns, and its exponential moving average, which samples.
+
+    :param denoiser: called as ``denoiser(x_t, time, cond)``, see ``MlpDenoiser`` and ``DiT1d``
+    :param process: noise schedule, prediction type and solvers
+    :param ema_decay: decay of the moving average at each ``update_ema()``, in [0, 1)
+    :raises ValueError: if ``ema_decay`` is outside its range
+    """
+
+    def __init__(self, denoiser: nn.Module, process: DiffusionProcess, ema_decay: float = 0.995) -> None:
+        super().__init__()
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), got {ema_decay!r}.")
+        self.denoiser = denoiser
+        self.process = process
+        self.denoiser_ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # type: ignore[no-untyped-call]
+        self.denoiser_ema.requires_grad_(False)
+
+    def _denoise(self, network: Callable[..., th.Tensor], cond: th.Tensor | None) -> Denoise:
+        return lambda x_t, t: network(x_t, self.process.schedule.network_time(t), cond)
+
+    def loss(
+        self, x0: th.Tensor, cond: th.Tensor | None, t: th.Tensor, noise: th.Tensor, fixed_mask: th.Tensor | None = None
+    ) -> th.Tensor:
+        """Denoising loss of the learning network, see ``DiffusionProcess.denoising_loss``, ``(batch,)``.
+
+        :param cond: condition, ``(batch, cond_dim)`` or ``None``
+        """
+        return self.process.denoising_loss(self._denoise(self.denoiser, cond), x0, t, noise, fixed_mask)
+
+    def sample(
+        self,
+        start: th.Tensor,
+        cond: th.Tensor | None,
+        num_inference_steps: int,
+        solver: Solver = "ddim",
+        noise: th.Tensor | None = None,
+        fixed: Fixed | None = None,
+        guidance: Guidance | None = None,
+    ) -> th.Tensor:
+        """Denoise ``start`` with the averaged network, see ``DiffusionProcess.sample``.
+
+        :param cond: condition, ``(batch, cond_dim)`` or ``None``
+        """
+        denoise = self._denoise(self.denoiser_ema.module, cond)
+        return self.process.sample(denoise, start, num_inference_steps, solver, noise, fixed, guidance)
+
+    def update_ema(self) -> None:
+        """Let the moving average follow, after an optimiser step. The first call copies the weights."""
+        self.denoiser_ema.update_parameters(self.denoiser)

@@ -1,0 +1,203 @@
+"""The denoising networks: what they start as, what they see, and that they learn."""
+
+import math
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_diffrl.diffusion import (
+    Denoise,
+    DiffusionProcess,
+    DiT1d,
+    FourierEmbedding,
+    MlpDenoiser,
+    SinusoidalEmbedding,
+    Transformer1d,
+    VPSchedule,
+)
+from sb3_diffrl.diffusion.transformer import BLOCK_VECTORS, Block
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """The module with no weight at the zero it starts from."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return module
+
+
+def block_vectors(n: int, d_model: int) -> tuple[th.Tensor, ...]:
+    return tuple(th.randn(BLOCK_VECTORS, n, 1, d_model))
+
+
+def test_a_block_with_its_gates_at_zero_is_the_identity() -> None:
+    block, x = randomised(Block(16, 8)), 5 + 3 * th.randn(4, 6, 16)
+    shift, scale, _, shift_mlp, scale_mlp, _ = block_vectors(4, 16)
+    closed = th.zeros(4, 1, 16)
+    # Not the identity of the normed input: its mean is 0 and its variance 1
+    assert th.equal(block(x, (shift, scale, closed, shift_mlp, scale_mlp, closed)), x)
+
+
+def test_a_transformer_starts_with_every_block_the_identity() -> None:
+    model = Transformer1d(3, 2, max_length=6, condition_dim=5, d_model=16, depth=3, head_dim=8)
+    x, condition = th.randn(4, 6, 3), th.randn(4, 5)
+    vectors = model.modulation(condition)
+    hidden = model.embedding(x) + model.positions
+    for i, block in enumerate(model.blocks):
+        assert th.equal(block(hidden, vectors[BLOCK_VECTORS * i : BLOCK_VECTORS * (i + 1)]), hidden)
+    assert not model(x, condition).any()
+
+
+def test_a_block_is_its_formula() -> None:
+    # Spelt with matrix products, softmax and loops over heads
+    block, x = randomised(Block(8, 4)), th.randn(2, 5, 8)
+    vectors = block_vectors(2, 8)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors
+
+    def norm(h: th.Tensor) -> th.Tensor:
+        return (h - h.mean(2, keepdim=True)) / (h.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+
+    assert isinstance(block, Block)
+    normed = norm(x) * (1 + scale) + shift
+    q, (k, v) = block.query(normed), block.key_value(normed).split(8, dim=2)
+    heads = [th.softmax(q[..., i : i + 4] @ k[..., i : i + 4].mT / math.sqrt(4), dim=2) @ v[..., i : i + 4] for i in range(0, 8, 4)]
+    hidden = x + gate * block.attention_out(th.cat(heads, dim=2))
+    expected = hidden + gate_mlp * block.mlp(norm(hidden) * (1 + scale_mlp) + shift_mlp)
+    th.testing.assert_close(block(x, vectors), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("condition_dim", [0, 5])
+def test_reading_the_first_steps_alone_gives_the_same_as_reading_all(condition_dim: int) -> None:
+    model = randomised(Transformer1d(3, 2, 6, condition_dim, d_model=16, depth=2, head_dim=8))
+    x, condition = th.randn(4, 6, 3), th.randn(4, condition_dim) if condition_dim else None
+    full = model(x, condition)
+    assert full.shape == (4, 6, 2)
+    for n_out in (1, 3):
+        th.testing.assert_close(model(x, condition, n_out), full[:, :n_out], rtol=1e-4, atol=1e-5)
+    # What is read at the first step depends on the last one, and on the order
+    moved = x.clone()
+    moved[:, -1] += 1
+    for other in (moved, x[:, [0, 2, 1, 3, 4, 5]]):
+        assert not th.isclose(model(other, condition, 1), full[:, :1], rtol=1e-3).all(dim=2).any()
+
+
+def test_every_weight_of_a_critic_learns() -> None:
+    # A layer without a condition has no weights for one
+    model = randomised(Transformer1d(3, 1, 6, d_model=16, depth=2, head_dim=8))
+    model(th.randn(4, 6, 3), n_out=1).sum().backward()
+    for name, parameter in model.named_parameters():
+        # A bias of the keys moves all the scores of a query alike, and is the one that cannot matter
+        gradient = parameter.grad[16:] if name.endswith("key_value.bias") and parameter.grad is not None else parameter.grad
+        assert gradient is not None
+        assert bool(gradient.any()), name
+
+
+def test_a_trajectory_shorter_than_the_longest_is_taken_and_a_longer_one_refused() -> None:
+    model = DiT1d(3, max_length=6, d_model=16, head_dim=8)
+    assert model(th.randn(2, 4, 3), th.rand(2)).shape == (2, 4, 3)
+    with pytest.raises(ValueError, match="max_length"):
+        model(th.randn(2, 7, 3), th.rand(2))
+
+
+def test_dit_depends_on_time_and_condition_row_by_row() -> None:
+    model = randomised(DiT1d(3, max_length=4, cond_dim=2, d_model=16, head_dim=8))
+    x, time, cond = th.randn(5, 4, 3), th.rand(5), th.randn(5, 2)
+    output = model(x, time, cond)
+    for i in range(5):
+        th.testing.assert_close(model(x[i : i + 1], time[i : i + 1], cond[i : i + 1]), output[i : i + 1], rtol=1e-4, atol=1e-4)
+    other_time, other_cond = time.clone(), cond.clone()
+    other_time[2] += 0.3
+    other_cond[3] += 1
+    changed = [
+        (row != 0).any(dim=(1, 2)).tolist() for row in (model(x, other_time, cond) - output, model(x, time, other_cond) - output)
+    ]
+    assert changed == [[False, False, True, False, False], [False, False, False, True, False]]
+
+
+def test_masked_rows_leave_the_condition_out() -> None:
+    model = randomised(DiT1d(3, max_length=4, cond_dim=2, d_model=16, head_dim=8))
+    x, time, cond = th.randn(2, 4, 3), th.full((2,), 0.3), th.randn(2, 2)
+    output = model(x, time, cond, cond_mask=th.tensor([True, False]))
+    th.testing.assert_close(output[0], model(x, time, cond)[0])
+    th.testing.assert_close(output[1], model(x, time)[1])
+    assert not th.isclose(model(x, time), model(x, time, cond)).all()
+    with pytest.raises(ValueError, match="cond_dim"):
+        DiT1d(3, max_length=4, d_model=16, head_dim=8)(x, time, cond)
+
+
+def test_one_time_for_all_rows_gives_the_same_as_a_time_each() -> None:
+    time = th.tensor([0.4])
+    models = (randomised(DiT1d(3, 4, d_model=16, head_dim=8)), randomised(MlpDenoiser(3, 0, [16])))
+    for model, x in zip(models, (th.randn(5, 4, 3), th.randn(5, 3)), strict=True):
+        th.testing.assert_close(model(x, time.expand(5)), model(x, time.repeat(5)), rtol=1e-4, atol=1e-4)
+
+
+def test_mlp_takes_vector_time_and_condition() -> None:
+    model = randomised(MlpDenoiser(3, 5, [16, 8], nn.ReLU, time_embedding_dim=12))
+    assert [layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)] == [12, 24, 3 + 12 + 5, 16, 8]
+    x, time, cond = th.randn(7, 3), th.rand(7), th.randn(7, 5)
+    output = model(x, time, cond)
+    assert output.shape == (7, 3)
+    for changed in (model(x + 1, time, cond), model(x, time / 2, cond), model(x, time, cond + 1)):
+        assert not th.isclose(changed, output).all(dim=1).any()
+    assert MlpDenoiser(3, 0)(x, time).shape == (7, 3)
+
+
+def test_embeddings_are_their_formulas() -> None:
+    time = th.tensor([0.0, 0.25, 1.0])
+    embedding = SinusoidalEmbedding(4)(time)
+    expected = th.stack([f(1000 * time * w) for f in (th.sin, th.cos) for w in (1.0, 0.01)], dim=1)
+    th.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-4)
+    fourier = FourierEmbedding(6, scale=2.0)
+    angles = 2 * math.pi * time[:, None] * fourier.frequencies
+    th.testing.assert_close(fourier(time), th.cat([angles.cos(), angles.sin()], dim=1), rtol=1e-4, atol=1e-4)
+    # Random frequencies are part of the model
+    assert list(fourier.state_dict()) == ["frequencies"]
+    assert float(FourierEmbedding(20_000, scale=2.0).frequencies.std()) == pytest.approx(2.0, rel=0.05)
+    with pytest.raises(ValueError, match="even"):
+        FourierEmbedding(5)
+    with pytest.raises(ValueError, match="even"):
+        SinusoidalEmbedding(5)
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(ValueError, match="head_dim"):
+        Transformer1d(3, 3, 4, d_model=16, head_dim=5)
+    with pytest.raises(ValueError, match="depth"):
+        Transformer1d(3, 3, 4, d_model=16, head_dim=8, depth=0)
+    with pytest.raises(ValueError, match="condition_dim"):
+        Transformer1d(3, 3, 4, condition_dim=2, d_model=16, head_dim=8)(th.randn(2, 4, 3))
+    with pytest.raises(ValueError, match="condition_dim"):
+        Transformer1d(3, 3, 4, d_model=16, head_dim=8)(th.randn(2, 4, 3), th.randn(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dit"])
+def test_a_trained_denoiser_samples_its_data(kind: str) -> None:
+    # One mode for each sign of the condition
+    process = DiffusionProcess(VPSchedule(), "v_prediction")
+    mlp, dit = MlpDenoiser(1, 1, [32, 32]), DiT1d(1, 1, cond_dim=1, d_model=32, head_dim=16)
+    optimizer = th.optim.Adam([*mlp.parameters(), *dit.parameters()], lr=3e-3)
+
+    def denoiser(cond: th.Tensor) -> Denoise:
+        def denoise(x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
+            time = process.schedule.network_time(t)
+            output: th.Tensor = mlp(x_t, time, cond) if kind == "mlp" else dit(x_t[:, None], time, cond)[:, 0]
+            return output
+
+        return denoise
+
+    for _ in range(200):
+        cond = th.randint(2, (64, 1)) * 2.0 - 1
+        x0, t = 0.7 * cond + 0.1 * th.randn(64, 1), process.schedule.sample_timesteps(64)
+        loss = process.denoising_loss(denoiser(cond), x0, t, th.randn(64, 1)).mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    cond = th.tensor([-1.0, 1.0]).repeat(200)[:, None]
+    with th.no_grad():
+        samples = process.sample(denoiser(cond), th.randn(400, 1), 20)
+    for sign in (-1.0, 1.0):
+        mode = samples[cond == sign]
+        # A net that ignores the time, or the condition, has a mean near 0 or a spread near 0.7; two hundred steps learn no better than this
+        assert float(mode.mean()) == pytest.approx(0.7 * sign, abs=0.15)
+        assert float(mode.std()) == pytest.approx(0.1, abs=0.1)
