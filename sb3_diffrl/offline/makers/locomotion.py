@@ -102,9 +102,9 @@ def make_locomotion(
 
 def _quick_plan(plan: TrainingPlan) -> TrainingPlan:
     """A run of seconds in the same environment, which takes what it gets."""
-    arguments = {**plan.arguments, "learning_starts": 100, "batch_size": 32, "policy_kwargs": {"net_arch": [32, 32]}}
+    arguments = {**plan.arguments, "learning_starts": 100, "train_freq": 4, "policy_kwargs": {"net_arch": [32, 32]}}
     short = replace(plan, arguments=arguments, medium_return=None, expert_return=None)
-    return replace(short, max_steps=1_000, stretch_steps=500, n_eval_episodes=2)
+    return replace(short, max_steps=480, stretch_steps=240, n_eval_episodes=2)
 
 
 def default_cache() -> Path:

@@ -42,7 +42,7 @@ class TrainingPlan:
     :param expert_return: the expert policy is the first after it that reaches this, where training ends; ``None`` for the next
         stretch's
     :param max_steps: env steps after which the run is given up
-    :param stretch_steps: env steps between evaluations
+    :param stretch_steps: env steps between evaluations, a multiple of the arguments' ``train_freq``
     :param n_eval_episodes: episodes of an evaluation, of the deterministic policy
     :param seed: seed of the run
     """
@@ -85,7 +85,7 @@ def train(plan: TrainingPlan, folder: Path, progress_bar: bool = True) -> list[E
     """Train until both levels are reached, or go on with a run that was interrupted. A finished run returns at once.
 
     The folder then holds ``medium.zip`` and ``expert.zip`` (SB3 models), ``medium-replay.npz`` (all transitions up to the medium
-    policy, arrays of ``(steps, n_envs, ...)``), ``curve.csv`` (the evaluations) and ``plan.json``.
+    policy), ``curve.csv`` (the evaluations) and ``plan.json``.
 
     :param plan: the run
     :param folder: where the run lives; made if missing
