@@ -83,7 +83,7 @@ def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[mina
     """
     n_steps = 0
     indices = source.episode_indices[first:]
-    episodes = source.iterate_episodes(indices)
+    episodes = _lazily(source, indices)
     for index in indices:
         try:
             episode = next(episodes)
@@ -99,6 +99,11 @@ def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[mina
         yield dataclasses.replace(episode, truncations=truncations)
     if first == 0 and n_steps != source.total_steps:
         raise ValueError(_damaged(source.id, source.storage.data_path, f"{n_steps} steps in place of {source.total_steps}"))
+
+
+def _lazily(source: minari.MinariDataset, indices: np.ndarray) -> Iterator[minari.EpisodeData]:
+    # Some storages open their files before they are asked for the first episode, where an error would not be seen.
+    yield from source.iterate_episodes(indices)
 
 
 def infos_at(episode: minari.EpisodeData, row: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def fill_replay_buffer(
     if not 1 <= rows <= buffer.buffer_size:
         raise ValueError(
             f"The replay buffer has room for {buffer.buffer_size * buffer.n_envs} steps ({buffer.n_envs} envs), the data are "
-            f"{n_steps}: make the model with `buffer_size={n_steps}` and at most as many envs, or take fewer with a positive `max_steps`."
+            f"{n_steps}: make the model with `buffer_size={n_steps}` and no more envs, or take fewer with a positive `max_steps`."
         )
     if isinstance(buffer, HerReplayBuffer):
         _check_hindsight(buffer, sources[0])
