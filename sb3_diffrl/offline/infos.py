@@ -25,7 +25,7 @@ class InfoColumns:
         """Columns of one episode, nested as the infos are.
 
         :param infos: ``n`` infos
-        :return: arrays ``(n, ...)``
+        :return: arrays ``(n, ...)``, and lists of ``n`` scalars
         """
         rows = [_flat_info(info) for info in infos]
         if self._columns is None:
@@ -35,13 +35,15 @@ class InfoColumns:
             group = nested
             for key in path[:-1]:
                 group = group.setdefault(key, {})
-            group[path[-1]] = values = np.full((len(rows), *shape), np.nan if dtype.kind == "f" else 0, dtype)
+            values = np.full((len(rows), *shape), np.nan if dtype.kind == "f" else 0, dtype)
             for i, row in enumerate(rows):
                 value = row.get(path)
                 if value is not None and value.shape == shape:
                     values[i] = value
                 elif path in row:
                     self._warn(path)
+            # Minari's arrow storage cannot read back an array of scalars.
+            group[path[-1]] = values if shape else list(values)
         for path in {path for row in rows for path in row} - set(self._columns):
             self._warn(path)
         return nested

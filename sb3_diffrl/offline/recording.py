@@ -94,7 +94,7 @@ def record_dataset(
     :raises ValueError: if the id or the arguments are wrong, an action is outside the action space, or a number is not finite
     """
     check_new_id(dataset_id, overwrite)
-    if (n_episodes is None) == (n_steps is None) or min(n_episodes or 1, n_steps or 1) < 1:
+    if (n_episodes is None) == (n_steps is None) or min(n for n in (n_episodes, n_steps) if n is not None) < 1:
         raise ValueError(f"Give a positive `n_episodes` or `n_steps`, and not both: they are {n_episodes} and {n_steps}.")
     made, owned = _make_env(env)
     name = algorithm_name or _name(model)
