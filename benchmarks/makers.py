@@ -5,10 +5,10 @@
     python benchmarks/makers.py runs --cache <folder of the training runs>
     python benchmarks/makers.py datasets
 
-``mazes`` measures the reference scores of PointMaze in its evaluation environments: uniformly random actions, and the controller
-without noise. ``policies`` evaluates the policies of the locomotion runs, with their most likely actions and with sampled ones, as
-the datasets have them. ``runs`` copies the runs' learning curves and settings here. ``datasets`` describes what lies in Minari's folder.
-All write to ``results/makers``.
+``mazes`` measures the reference scores of PointMaze in its evaluation environments: uniformly random actions, and the
+controller without noise. ``policies`` evaluates the policies of the locomotion runs, with their most likely actions and with
+sampled ones, as the datasets have them. ``runs`` copies the runs' learning curves and settings here. ``datasets`` describes what
+lies in Minari's folder. All write to ``results/makers``.
 """
 
 import argparse
