@@ -140,11 +140,11 @@ def write(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["mazes", "policies", "runs", "datasets"])
-    parser.add_argument("--episodes", type=int, help="episodes measured, 1000 in mazes and 100 of policies by default")
+    parser.add_argument("--episodes", type=int, help="episodes measured, 500 in mazes and 100 of policies by default")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of the training runs")
     args = parser.parse_args()
     if args.what == "mazes":
-        mazes(args.episodes or 1_000)
+        mazes(args.episodes or 500)
     elif args.what == "policies":
         policies(args.cache, args.episodes or 100)
     elif args.what == "runs":
