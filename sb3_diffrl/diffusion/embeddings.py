@@ -11,15 +11,20 @@ from sb3_diffrl.diffusion.schedules import first_of_equal_rows
 TIME_SCALE = 1000.0
 
 
-def sinusoidal_encoding(positions: th.Tensor, dim: int) -> th.Tensor:
-    """Sine and cosine at ``dim / 2`` frequencies ``10000^(-j / (dim / 2))`` (Transformer, 1706.03762, section 3.5).
+def sinusoidal_frequencies(dim: int) -> th.Tensor:
+    """``10000^(-j / (dim / 2))``, ``(dim / 2,)``, radians per unit (Transformer, 1706.03762, section 3.5).
 
-    :param positions: ``(n,)``
-    :param dim: size of the encoding, even
-    :return: ``(n, dim)``, sines first
+    :param dim: size of the encoding
+    :raises ValueError: if ``dim`` is odd
     """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"An encoding's size must be an even number of at least 2 (sines and cosines), got {dim!r}.")
     half = dim // 2
-    frequencies = th.exp(th.arange(half, device=positions.device, dtype=th.float32) * (-math.log(10_000) / half))
+    return th.exp(th.arange(half) * (-math.log(10_000) / half))
+
+
+def sines_and_cosines(positions: th.Tensor, frequencies: th.Tensor) -> th.Tensor:
+    """``(n,)`` positions and ``(dim / 2,)`` frequencies to ``(n, dim)``, sines first."""
     angles = positions[:, None] * frequencies
     return th.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -31,35 +36,34 @@ class SinusoidalEmbedding(nn.Module):
     :raises ValueError: if ``dim`` is odd
     """
 
+    frequencies: th.Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
-        _check_even(dim)
-        self.dim = dim
+        # Not persistent: they follow from the size.
+        self.register_buffer("frequencies", sinusoidal_frequencies(dim) * TIME_SCALE, persistent=False)
 
     def forward(self, time: th.Tensor) -> th.Tensor:
         """``(batch,) -> (batch, dim)``"""
-        return sinusoidal_encoding(time * TIME_SCALE, self.dim)
+        return sines_and_cosines(time, self.frequencies)
 
 
 class FourierEmbedding(nn.Module):
-    """Random frequencies from N(0, ``scale^2``), drawn once and saved with the model (Score SDE, 2011.13456, appendix; 2006.10739).
+    """Random frequencies, drawn once and saved with the model (Fourier features, 2006.10739; Score SDE, 2011.13456).
 
-    :param dim: size of the embedding
+    :param dim: size of the embedding, even
     :param scale: standard deviation of the frequencies, in cycles per unit of network time
-    :raises ValueError: if ``dim`` is odd
     """
 
     frequencies: th.Tensor
 
     def __init__(self, dim: int, scale: float = 16.0) -> None:
         super().__init__()
-        _check_even(dim)
-        self.register_buffer("frequencies", th.randn(dim // 2) * scale)
+        self.register_buffer("frequencies", th.randn_like(sinusoidal_frequencies(dim)) * (2 * math.pi * scale))
 
     def forward(self, time: th.Tensor) -> th.Tensor:
-        """``(batch,) -> (batch, dim)``, cosines first"""
-        angles = time[:, None] * (self.frequencies * (2 * math.pi))
-        return th.cat([angles.cos(), angles.sin()], dim=1)
+        """``(batch,) -> (batch, dim)``"""
+        return sines_and_cosines(time, self.frequencies)
 
 
 class TimeEmbedding(nn.Sequential):
@@ -81,8 +85,3 @@ class TimeEmbedding(nn.Sequential):
         for layer in self:
             hidden = layer(hidden)
         return hidden
-
-
-def _check_even(dim: int) -> None:
-    if dim < 2 or dim % 2:
-        raise ValueError(f"The embedding's size must be an even number of at least 2 (sines and cosines), got {dim!r}.")

@@ -3,7 +3,7 @@
 import torch as th
 from torch import nn
 
-from sb3_diffrl.diffusion.embeddings import sinusoidal_encoding
+from sb3_diffrl.diffusion.embeddings import sines_and_cosines, sinusoidal_frequencies
 
 # Vectors that set a block: shift, scale and gate of the attention and of the perceptron.
 BLOCK_VECTORS = 6
@@ -122,7 +122,8 @@ class Transformer1d(nn.Module):
         self.condition_dim = condition_dim
         self.embedding = nn.Linear(in_dim, d_model)
         # Not persistent: it follows from the sizes.
-        self.register_buffer("positions", sinusoidal_encoding(th.arange(max_length), d_model), persistent=False)
+        positions = sines_and_cosines(th.arange(max_length), sinusoidal_frequencies(d_model))
+        self.register_buffer("positions", positions, persistent=False)
         self.modulation = Modulation(condition_dim, BLOCK_VECTORS * depth + FINAL_VECTORS, d_model)
         self.blocks = nn.ModuleList(Block(d_model, head_dim) for _ in range(depth))
         self.final_norm = nn.LayerNorm(d_model, elementwise_affine=False, eps=1e-6)
