@@ -309,8 +309,9 @@ def test_a_malformed_id_is_told_its_form(dataset_id: str) -> None:
 def test_what_is_no_dataset_is_refused() -> None:
     with pytest.raises(ValueError, match="list of datasets is empty"):
         OfflineDataset.load([])
+    number: Any = 3
     with pytest.raises(TypeError, match="an id, a MinariDataset or a list"):
-        OfflineDataset.load([3])  # type: ignore[list-item]
+        OfflineDataset.load([number])
 
 
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:

@@ -282,6 +282,11 @@ def test_the_environment_is_rebuilt_with_its_wrappers_but_not_its_monitor() -> N
     assert dataset.env_spec.max_episode_steps == 7
 
 
+def test_a_window_that_was_watched_does_not_open_again() -> None:
+    dataset = record_dataset(None, gym.make("Pendulum-v1", render_mode="rgb_array"), "test/watched-v0", n_steps=3)
+    assert dataset.recover_environment().render_mode is None
+
+
 def test_an_environment_that_cannot_be_rebuilt_is_recorded_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="not registered"):
         assert record_dataset(None, box_env(), "test/unregistered-v0", n_steps=3).env_spec is None

@@ -162,12 +162,13 @@ class OfflineDataset:
         if not self.sources:
             raise ValueError("This dataset was not read from disk: it does not know its environment. Give one.")
         try:
-            return self.sources[0].recover_environment(eval_env=eval_env)
+            env: gym.Env[Any, Any] = self.sources[0].recover_environment(eval_env=eval_env)
         except Exception as error:
             raise ValueError(
                 f"The environment of dataset {self.ids[0]!r} cannot be rebuilt ({type(error).__name__}: {error}). Install the "
                 "package it comes from and import what registers it, or give the environment yourself."
             ) from error
+        return env
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import minari
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.reading import DatasetSource, open_datasets
 
 # Env id -> "random" and "expert" -> mean return and its provenance, in units of the env's undiscounted return. Random ones are
@@ -19,18 +20,22 @@ REFERENCES: dict[str, dict[str, dict[str, Any]]] = json.loads(
 )
 
 
-def normalized_score(dataset: DatasetSource | Sequence[DatasetSource], returns: float | Sequence[float] | np.ndarray) -> np.ndarray:
+def normalized_score(
+    dataset: DatasetSource | OfflineDataset | Sequence[DatasetSource], returns: float | Sequence[float] | np.ndarray
+) -> np.ndarray:
     """Place returns on the scale on which a random policy scores 0 and an expert 1 (``minari.get_normalized_score``).
 
     The two ends of the scale are the dataset's own, from its metadata; where it has none, those of ``REFERENCES`` for its
     evaluation env.
 
-    :param dataset: id, dataset, or a list of either
+    :param dataset: id, dataset (loaded or not), or a list of ids and Minari datasets
     :param returns: undiscounted returns of episodes in the evaluation env, of any shape
     :return: scores, of the same shape; D4RL's are 100 times these
     :raises ValueError: if there is no random or no expert reference, or several datasets do not agree on them
     """
-    sources = open_datasets(dataset)
+    sources = dataset.sources if isinstance(dataset, OfflineDataset) else open_datasets(dataset)
+    if not sources:
+        raise ValueError("This dataset was not read from disk: it has no references.")
     scales = [_scale(source) for source in sources]
     if any(scale != scales[0] for scale in scales):
         named = ", ".join(f"{source.id!r}: {scale}" for source, scale in zip(sources, scales, strict=True))
@@ -44,9 +49,9 @@ def reference_scores(spec: EnvSpec | None) -> tuple[float | None, float | None]:
 
     :param spec: of the env; one with other arguments or wrappers than the registered env's is another task
     """
-    if spec is None or spec.id not in REFERENCES:
+    registered = None if spec is None or spec.id not in REFERENCES else gym.registry.get(spec.id)
+    if spec is None or registered is None:
         return None, None
-    registered = gym.spec(spec.id)
     if spec.kwargs != registered.kwargs or spec.additional_wrappers or spec.max_episode_steps != registered.max_episode_steps:
         return None, None
     low, high = (REFERENCES[spec.id].get(name, {}).get("mean_return") for name in ("random", "expert"))

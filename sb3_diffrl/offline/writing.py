@@ -192,7 +192,7 @@ def check_id(dataset_id: str) -> None:
 def recoverable_spec(env: gym.Env[Any, Any]) -> EnvSpec | None:
     """The specification from which an env can be rebuilt, as far as it has one.
 
-    ``Monitor`` is left out of it: it only watches. An entry point given as a class is replaced by its name.
+    ``Monitor`` and ``render_mode`` are left out of it: they only watch. An entry point given as a class is replaced by its name.
 
     :return: ``None``, with a warning, where the env cannot be rebuilt from text
     """
@@ -201,6 +201,7 @@ def recoverable_spec(env: gym.Env[Any, Any]) -> EnvSpec | None:
         reason = "it is not registered with `gymnasium.register`"
     else:
         spec.additional_wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.name != "Monitor")
+        spec.kwargs.pop("render_mode", None)
         entry = spec.entry_point
         if isinstance(entry, type) and "." not in entry.__qualname__:
             spec.entry_point = f"{entry.__module__}:{entry.__qualname__}"
