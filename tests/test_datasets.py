@@ -294,7 +294,8 @@ def test_an_absent_id_names_the_command_that_gets_it(dataset_id: str, command: s
         OfflineDataset.load(dataset_id)
 
 
-def test_an_absent_id_names_its_like_on_disk() -> None:
+def test_an_absent_id_names_its_like_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / ".minari" / "datasets"))
     write_episodes("test/walker-v1", [2])
     with pytest.raises(FileNotFoundError, match="On disk is 'test/walker-v1'"):
         OfflineDataset.load("test/walker-v0")

@@ -62,8 +62,8 @@ def _open(dataset_id: str) -> minari.MinariDataset:
 
 def _local_ids() -> list[str]:
     root = get_dataset_path()
-    folders = [path.parent for path in root.rglob("data/metadata.json")]
-    return [folder.parent.relative_to(root).as_posix() for folder in folders if "/." not in folder.as_posix()]
+    ids = [path.parent.parent.relative_to(root).as_posix() for path in root.rglob("data/metadata.json")]
+    return [dataset_id for dataset_id in ids if not dataset_id.startswith(".")]  # the hidden ones are not finished
 
 
 def _damaged(dataset_id: str, data_path: Path, error: object) -> str:

@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
@@ -147,13 +148,19 @@ class DatasetWriter:
         check_new_id(self.dataset_id, self.overwrite)
         namespace = parse_dataset_id(self.dataset_id)[0]
         if namespace is not None and namespace not in list_local_namespaces():
-            create_namespace(namespace)
-        target, new = get_dataset_path(self.dataset_id), Path(self._folder.name) / "new"
-        new.mkdir()
-        (Path(self._folder.name) / "data").rename(new / "data")
+            with suppress(ValueError):  # another process was faster
+                create_namespace(namespace)
+        target, folder = get_dataset_path(self.dataset_id), Path(self._folder.name)
+        (folder / "new").mkdir()
+        (folder / "data").rename(folder / "new" / "data")
         if target.exists():
-            target.rename(Path(self._folder.name) / "old")
-        new.rename(target)
+            target.rename(folder / "old")
+        try:
+            (folder / "new").rename(target)
+        except OSError:
+            if (folder / "old").exists():
+                (folder / "old").rename(target)
+            raise
         self._folder.cleanup()
         return minari.MinariDataset(target / "data")
 
