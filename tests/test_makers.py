@@ -167,6 +167,12 @@ class TestTraining:
         assert (tmp_path / "expert.zip").stat().st_mtime_ns == before
         assert not (tmp_path / "checkpoints").exists()
 
+    def test_a_run_stopped_at_the_medium_level_goes_on_to_the_expert_level(self, tmp_path: Path) -> None:
+        plan = replace(TINY, expert_return=None)
+        assert [e.step for e in train(plan, tmp_path, until="medium", progress_bar=False)] == [60]
+        assert not (tmp_path / "expert.zip").exists()
+        assert [e.step for e in train(plan, tmp_path, progress_bar=False)] == [60, 120]
+
     def test_a_folder_with_other_settings_is_refused(self, tmp_path: Path) -> None:
         train(replace(TINY, expert_return=None), tmp_path, progress_bar=False)
         with pytest.raises(ValueError, match="other settings"):

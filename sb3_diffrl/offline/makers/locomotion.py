@@ -52,7 +52,7 @@ def make_locomotion(
     cache: Path | None = None,
     progress_bar: bool = True,
 ) -> minari.MinariDataset:
-    """Make a dataset of one tier, after a training run if the cache holds none.
+    """Make a dataset of one tier, after a training run to its level if the cache holds none.
 
     :param name: which of ``PLANS``
     :param tier: see ``DESCRIPTIONS``
@@ -83,7 +83,7 @@ def make_locomotion(
             progress_bar=progress_bar,
         )
     folder = (cache or default_cache()) / f"{name}{'-quick' if quick else ''}-s{seed}"
-    curve = train(plan, folder, progress_bar)
+    curve = train(plan, folder, "expert" if tier == "expert" else "medium", progress_bar)
     provenance = {"training": asdict(plan), "evaluation": _policy_evaluation(plan, curve, tier)._asdict()}
     if tier == "medium-replay":
         return _write_replay(folder / REPLAY, plan, dataset_id, n_steps, overwrite, description, provenance)
@@ -114,9 +114,8 @@ def default_cache() -> Path:
 
 def _policy_evaluation(plan: TrainingPlan, curve: list[Evaluation], tier: Tier) -> Evaluation:
     """The evaluation by which the tier's policy was chosen."""
-    if tier == "expert":
-        return curve[-1]
-    return next(e for e in curve if e.reaches(plan.medium_return))
+    medium = next(i for i, e in enumerate(curve) if e.reaches(plan.medium_return))
+    return next(e for e in curve[medium + 1 :] if e.reaches(plan.expert_return)) if tier == "expert" else curve[medium]
 
 
 class Episode(NamedTuple):

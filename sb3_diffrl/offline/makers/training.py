@@ -81,27 +81,30 @@ class LevelNotReachedError(RuntimeError):
     """A training run ended below the stated return."""
 
 
-def train(plan: TrainingPlan, folder: Path, progress_bar: bool = True) -> list[Evaluation]:
-    """Train until both levels are reached, or go on with a run that was interrupted. A finished run returns at once.
+def train(
+    plan: TrainingPlan, folder: Path, until: Literal["medium", "expert"] = "expert", progress_bar: bool = True
+) -> list[Evaluation]:
+    """Train until a level is reached, or go on with a run that was interrupted or stopped at the medium level.
 
-    The folder then holds ``medium.zip`` and ``expert.zip`` (SB3 models), ``medium-replay.npz`` (all transitions up to the medium
-    policy), ``curve.csv`` (the evaluations) and ``plan.json``.
+    The folder then holds ``medium.zip`` and ``medium-replay.npz`` (all transitions up to the medium policy), ``expert.zip``,
+    ``curve.csv`` (the evaluations) and ``plan.json``. The policies are models of SB3.
 
     :param plan: the run
     :param folder: where the run lives; made if missing
+    :param until: level to train to
     :param progress_bar: whether to show one
     :return: the run's evaluations
     :raises ValueError: if the folder holds a run of another plan
     :raises LevelNotReachedError: if ``max_steps`` did not suffice
     """
     _claim(folder, plan)
-    if (folder / EXPERT).exists():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    goal = folder / (MEDIUM if until == "medium" else EXPERT)
+    if goal.exists():
         return read_curve(folder / CURVE)
     model, curve = _restore(folder, plan)
     with _single_thread(), tqdm(total=plan.max_steps, initial=model.num_timesteps, unit="step", disable=not progress_bar) as bar:
         bar.set_description(plan.env_id)
-        while not (folder / EXPERT).exists():
+        while not goal.exists():
             if model.num_timesteps >= plan.max_steps:
                 raise LevelNotReachedError(_not_reached(plan, folder, curve))
             seconds = _train_stretch(model, plan, bar) + (curve[-1].seconds if curve else 0.0)
@@ -110,7 +113,8 @@ def train(plan: TrainingPlan, folder: Path, progress_bar: bool = True) -> list[E
             _write_curve(folder / CURVE, curve)
             _take_policy(model, plan, folder, curve)
             _save_checkpoint(model, folder, curve)
-    shutil.rmtree(folder / "checkpoints")
+    if until == "expert":
+        shutil.rmtree(folder / "checkpoints")
     model.get_env().close()  # type: ignore[union-attr]
     return curve
 
