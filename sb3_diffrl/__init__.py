@@ -4,14 +4,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sb3_diffrl.bc import DiffusionBC
     from sb3_diffrl.lql import LQL, NCLQL
+    from sb3_diffrl.offline import OfflineAlgorithm, OfflineDataset, fill_replay_buffer, normalized_score, record_dataset
 
 __version__ = "0.1.0"
 
-__all__ = ["LQL", "NCLQL", "__version__"]
-
 # Imported on first use: somebody who wants one part of the package does not load what the others need.
-_HOMES = {"LQL": "sb3_diffrl.lql", "NCLQL": "sb3_diffrl.lql"}
+_HOMES = {
+    "LQL": "sb3_diffrl.lql",
+    "NCLQL": "sb3_diffrl.lql",
+    "DiffusionBC": "sb3_diffrl.bc",
+    "OfflineAlgorithm": "sb3_diffrl.offline",
+    "OfflineDataset": "sb3_diffrl.offline",
+    "fill_replay_buffer": "sb3_diffrl.offline",
+    "normalized_score": "sb3_diffrl.offline",
+    "record_dataset": "sb3_diffrl.offline",
+}
+
+__all__ = [
+    "LQL",
+    "NCLQL",
+    "DiffusionBC",
+    "OfflineAlgorithm",
+    "OfflineDataset",
+    "__version__",
+    "fill_replay_buffer",
+    "normalized_score",
+    "record_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -161,6 +161,13 @@ class DiffusionProcess(nn.Module):
                 x = th.where(fixed.mask, fixed.values, x)
         return x
 
+    def check_sampling(self, num_inference_steps: int, solver: Solver) -> None:
+        """Raise now what ``sample()`` would raise later.
+
+        :raises ValueError: if ``num_inference_steps`` or ``solver`` is not valid
+        """
+        self._step_coefficients(num_inference_steps, solver)
+
     def denoising_loss(
         self, denoise: Denoise, x0: th.Tensor, t: th.Tensor, noise: th.Tensor, fixed_mask: th.Tensor | None = None
     ) -> th.Tensor:

@@ -1,6 +1,6 @@
 """Langevin Q-learning: online agents whose policy is Langevin dynamics on the critic."""
 
-from sb3_diffrl.lql.env_guard import NonFiniteError
+from sb3_diffrl.common import NonFiniteError
 from sb3_diffrl.lql.langevin import LangevinSampler
 from sb3_diffrl.lql.lql import LQL
 from sb3_diffrl.lql.nclql import NCLQL

@@ -8,9 +8,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-
-class NonFiniteError(ValueError):
-    """The environment gave a NaN or infinite observation or reward."""
+from sb3_diffrl.common import NonFiniteError
 
 
 @contextmanager

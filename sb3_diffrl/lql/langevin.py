@@ -7,10 +7,11 @@ computed, are the caller's business (see ``sb3_diffrl.lql.gradients``).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch as th
+
+from sb3_diffrl.common import check_count, check_positive
 
 #: ``q_gradient(actions, level)``: the gradient of the critics' sum at ``actions`` ``(batch, action_dim)`` for one noise level, same
 #: shape as ``actions``.
@@ -38,26 +39,6 @@ def noise_levels(n_levels: int, sigma_max: float, sigma_min: float) -> th.Tensor
         scaled action box [-1, 1]; a single level is ``sigma_max``
     """
     return th.exp(th.linspace(math.log(sigma_max), math.log(sigma_min), n_levels))
-
-
-def check_count(name: str, value: Any) -> int:
-    """The value as an integer of at least one.
-
-    :raises ValueError: naming the argument
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-    return int(value)
-
-
-def check_positive(name: str, value: Any) -> float:
-    """The value as a positive finite number.
-
-    :raises ValueError: naming the argument
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"`{name}` must be a positive, finite number, got {value!r}.")
-    return float(value)
 
 
 @dataclass(frozen=True)

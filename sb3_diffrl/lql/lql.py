@@ -26,9 +26,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
+from sb3_diffrl.common import NonFiniteError, check_positive, check_scalable
 from sb3_diffrl.lql.critic import LangevinCritic
-from sb3_diffrl.lql.env_guard import NonFiniteError, finite
-from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler, check_positive
+from sb3_diffrl.lql.env_guard import finite
+from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 
 SelfLQL = TypeVar("SelfLQL", bound="LQL")
@@ -389,26 +390,6 @@ class LQL(OffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "critic.optimizer"], []
-
-
-def check_scalable(action_space: spaces.Space[Any]) -> None:
-    """Check that every action coordinate has room between its bounds, so that it can be scaled to [-1, 1].
-
-    :raises ValueError: naming the coordinates
-    """
-    if not isinstance(action_space, spaces.Box):
-        return
-    if not np.issubdtype(action_space.dtype, np.floating):
-        raise ValueError(f"The action space {action_space} holds integers: only floating-point actions can follow a gradient.")
-    with np.errstate(over="ignore"):
-        if not np.isfinite(action_space.high - action_space.low).all():
-            raise ValueError(f"The action space {action_space} is too wide for its type: high - low overflows.")
-    if not (action_space.low < action_space.high).all():
-        where = [tuple(int(i) for i in index) for index in zip(*(~(action_space.low < action_space.high)).nonzero(), strict=True)]
-        raise ValueError(
-            f"The action space {action_space} has coordinates whose low is not below their high, at {where}: a Langevin chain "
-            "needs room to move. Remove those coordinates with an action wrapper."
-        )
 
 
 def end_trajectory(replay_buffer: ReplayBuffer | None) -> None:

@@ -16,6 +16,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from sb3_diffrl.common import unscale_action
 from sb3_diffrl.lql import native
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
@@ -253,9 +254,7 @@ class LangevinPolicy(BasePolicy):
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Rescale the action from [-1, 1] to [low, high], never outside by a rounding error."""
         assert isinstance(self.action_space, spaces.Box)
-        action = np.clip(super().unscale_action(scaled_action), self.action_space.low, self.action_space.high)
-        result: np.ndarray = action.astype(self.action_space.dtype)
-        return result
+        return unscale_action(self.action_space, scaled_action)
 
 
 def _split_rows(obs: PyTorchObs) -> list[PyTorchObs]:
