@@ -10,9 +10,7 @@ import argparse
 import csv
 import json
 import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import torch as th
+from provenance import metadata
 from stable_baselines3 import SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -78,23 +77,6 @@ class Evaluation(BaseCallback):
                 csv.writer(file).writerow([self.num_timesteps, episode, f"{value:.3f}", length, f"{seconds:.1f}"])
         self.model.policy.set_training_mode(False)
         self.evaluating += time.perf_counter() - begin
-
-
-def metadata(arguments: dict[str, Any], command: str) -> dict[str, Any]:
-    packages = ["sb3_diffrl", "stable-baselines3", "gymnasium", "mujoco", "torch", "numpy"]
-    return {
-        "command": command,
-        "arguments": arguments,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "hardware": {"processor": cpu_name(), "cores": os.cpu_count(), "threads": th.get_num_threads()},
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def main() -> None:
         work(*args.worker)
         return
 
-    from speed import cpu_name
+    from provenance import cpu_name
 
     from sb3_diffrl.offline.recording import versions
 

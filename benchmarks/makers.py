@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium as gym
 import minari
 import numpy as np
-from learning import metadata
 from minari.utils import RandomPolicy
+from provenance import metadata
 from stable_baselines3.common.base_class import BaseAlgorithm
 from tqdm import tqdm
 

@@ -15,13 +15,11 @@ import argparse
 import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +127,6 @@ def summary(rows: list[tuple[int, str, str, float]]) -> dict[str, Any]:
     return result
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    flags = [flag for flag in ("avx2", "avx512f") if flag in info.read_text()]
-    return f"{names[0]} ({', '.join(flags)})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -165,14 +156,10 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["round", "contestant", "task", "median_ms"])
         writer.writerows(rows)
-    packages = ["sb3_diffrl", "stable-baselines3", "torch", "numpy"]
     command = "python benchmarks/speed.py" + (" --reference-python PYTHON --reference-dir CLONE" if args.reference_python else "")
-    described: dict[str, Any] = {
-        "command": command,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "hardware": {"processor": cpu_name(), "cores": os.cpu_count(), "threads": THREADS},
-        "results": summary(rows),
-    }
+    from provenance import metadata
+
+    described = {**metadata({"threads": THREADS}, command), "results": summary(rows)}
     if args.reference_python:
         code = "import jax, jaxlib; print(jax.__version__)"
         jax = subprocess.run([args.reference_python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
