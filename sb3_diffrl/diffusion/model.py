@@ -27,17 +27,42 @@ class DiffusionModel(nn.Module):
         self.denoiser_ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # type: ignore[no-untyped-call]
         self.denoiser_ema.requires_grad_(False)
 
-    def _denoise(self, network: Callable[..., th.Tensor], cond: th.Tensor | None) -> Denoise:
-        return lambda x_t, t: network(x_t, self.process.schedule.network_time(t), cond)
+    def _denoise(self, network: Callable[..., th.Tensor], *cond: th.Tensor | None) -> Denoise:
+        return lambda x_t, t: network(x_t, self.process.schedule.network_time(t), *cond)
 
     def loss(
-        self, x0: th.Tensor, cond: th.Tensor | None, t: th.Tensor, noise: th.Tensor, fixed_mask: th.Tensor | None = None
+        self,
+        x0: th.Tensor,
+        cond: th.Tensor | None,
+        t: th.Tensor,
+        noise: th.Tensor,
+        fixed_mask: th.Tensor | None = None,
+        cond_mask: th.Tensor | None = None,
     ) -> th.Tensor:
         """Denoising loss of the learning network, see ``DiffusionProcess.denoising_loss``, ``(batch,)``.
 
         :param cond: condition, ``(batch, cond_dim)`` or ``None``
+        :param cond_mask: ``(batch,)``, false in the rows that learn without their condition (see ``DiT1d``)
         """
-        return self.process.denoising_loss(self._denoise(self.denoiser, cond), x0, t, noise, fixed_mask)
+        conditions = (cond,) if cond_mask is None else (cond, cond_mask)
+        return self.process.denoising_loss(self._denoise(self.denoiser, *conditions), x0, t, noise, fixed_mask)
+
+    def averaged(self, cond: th.Tensor | None = None) -> Denoise:
+        """The averaged network as a function of noisy data and time, for samplers that combine several.
+
+        :param cond: condition, ``(batch, cond_dim)`` or ``None``
+        """
+        return self._denoise(self.denoiser_ema.module, cond)
+
+    @th.no_grad()
+    def bound_terms(
+        self, x0: th.Tensor, cond: th.Tensor | None, t: th.Tensor, noise: th.Tensor, fixed_mask: th.Tensor | None = None
+    ) -> th.Tensor:
+        """Terms of the variational bound of the learning network, see ``DiffusionProcess.bound_terms``, ``(batch,)``.
+
+        :param cond: condition, ``(batch, cond_dim)`` or ``None``
+        """
+        return self.process.bound_terms(self._denoise(self.denoiser, cond), x0, t, noise, fixed_mask)
 
     def sample(
         self,
@@ -53,8 +78,7 @@ class DiffusionModel(nn.Module):
 
         :param cond: condition, ``(batch, cond_dim)`` or ``None``
         """
-        denoise = self._denoise(self.denoiser_ema.module, cond)
-        return self.process.sample(denoise, start, num_inference_steps, solver, noise, fixed, guidance)
+        return self.process.sample(self.averaged(cond), start, num_inference_steps, solver, noise, fixed, guidance)
 
     def update_ema(self) -> None:
         """Let the moving average follow, after an optimiser step. The first call copies the weights."""
