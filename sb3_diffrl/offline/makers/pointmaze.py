@@ -46,9 +46,9 @@ class Maze(NamedTuple):
 
 
 MAZES: dict[Name, Maze] = {
-    "umaze": Maze("PointMaze_UMaze-v3", (1, 1), 7.1, 229.7),
-    "medium": Maze("PointMaze_Medium-v3", (6, 6), 13.8, 473.8),
-    "large": Maze("PointMaze_Large-v3", (7, 9), 6.8, 624.2),
+    "umaze": Maze("PointMaze_UMaze-v3", (1, 1), 11.8, 230.2),
+    "medium": Maze("PointMaze_Medium-v3", (6, 6), 10.3, 471.6),
+    "large": Maze("PointMaze_Large-v3", (7, 9), 6.2, 621.1),
 }
 
 
