@@ -3,7 +3,8 @@
     python benchmarks/cloning.py --dataset sb3-diffrl/halfcheetah/expert-v0 --seed 0
 
 The dataset must be on disk (`python -m sb3_diffrl.offline.make sb3-diffrl/halfcheetah/expert-v0`). Writes
-``results/cloning/<env>-<tier>-s<seed>.csv`` (a row an evaluated episode) and a ``.json`` beside it.
+``results/cloning/<env>-<tier>-s<seed>.csv`` (a row an evaluated episode, actions drawn), ``...-deterministic.csv`` (the
+fixed-noise chain), and a ``.json``.
 """
 
 import argparse
@@ -31,10 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--steps", type=int, default=30_000)
-    parser.add_argument("--eval-freq", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--eval-freq", type=int, default=20_000)
     parser.add_argument("--eval-episodes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--save-model", type=Path, help="where to save the trained model")
     args = parser.parse_args()
 
     th.set_num_threads(1)

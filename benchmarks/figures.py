@@ -134,6 +134,60 @@ def value_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def loading_table() -> str:
+    described = json.loads((RESULTS / "loading.json").read_text())
+    names = {"sb3_diffrl": "`OfflineDataset.load`", "minari": "Minari's `iterate_episodes` alone, nothing kept"}
+    lines = ["| storage | | seconds | peak memory of the process | of it before loading |", "|---|---|---|---|---|"]
+    for key, entry in described["results"].items():
+        data_format, contestant = key.split()
+        cells = [
+            data_format,
+            names[contestant],
+            f"{entry['seconds']:.2f}",
+            f"{entry['mib_peak']:.0f} MiB",
+            f"{entry['mib_before']:.0f} MiB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{described['hardware']['processor']}; medians; `{described['command']}`."]) + "\n"
+
+
+def last_mean(path: Path) -> float:
+    """Mean return at the last evaluation of a run."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    last = max(int(row["step"]) for row in rows)
+    return float(np.mean([float(row["return"]) for row in rows if int(row["step"]) == last]))
+
+
+def cloning_table() -> str:
+    lines = ["| dataset | its mean return | actions | DiffusionBC, each seed | mean, 95% interval | of the data's |"]
+    lines += ["|---|---|---|---|---|---|"]
+    runs: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted((RESULTS / "cloning").glob("*.json")):
+        runs[json.loads(path.read_text())["arguments"]["dataset"]].append(path)
+    for dataset, paths in runs.items():
+        data = json.loads(paths[0].read_text())["data"]["mean_return"]
+        for kind, suffix in (("drawn", ""), ("deterministic", "-deterministic")):
+            values = np.array([last_mean(path.with_name(f"{path.stem}{suffix}.csv")) for path in paths])
+            mean, half = interval(values)
+            seeds = ", ".join(f"{value:.0f}" for value in values)
+            lines.append(f"| `{dataset}` | {data:.0f} | {kind} | {seeds} | {mean:.0f} ± {half:.0f} | {mean / data:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def makers_table() -> str:
+    """Return levels of the policies and controllers behind the datasets, where they were measured."""
+    lines = ["| task | policy | episodes | mean return | success |", "|---|---|---|---|---|"]
+    for path in sorted((RESULTS / "makers").glob("*.csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                if "policy" in row:
+                    success = f"{float(row['success_rate']):.0%}" if row["success_rate"] not in ("", "nan") else ""
+                    mean = f"{float(row['mean_return']):.0f} ± {1.96 * float(row['standard_error']):.0f}"
+                    lines.append(f"| {row['task']} | {row['policy']} | {row['episodes']} | {mean} | {success} |")
+    return "\n".join([*lines, "", "Means and 95% intervals over episodes; `python benchmarks/makers.py`."]) + "\n"
+
+
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     TABLES.mkdir(parents=True, exist_ok=True)
@@ -145,6 +199,9 @@ def main() -> None:
         ("speed", "speed.json", speed_table),
         ("deterministic_rule", "deterministic_rule.csv", rule_table),
         ("value_error", "value_error.csv", value_table),
+        ("loading", "loading.json", loading_table),
+        ("cloning", "cloning", cloning_table),
+        ("makers", "makers", makers_table),
     )
     for name, source, table in tables:
         if (RESULTS / source).exists():

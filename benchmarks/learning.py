@@ -48,10 +48,11 @@ SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Evaluation(BaseCallback):
-    """Evaluates the deterministic policy every ``freq`` env steps, and writes a row for each episode."""
+    """Evaluates the policy every ``freq`` steps, and writes a row for each episode."""
 
-    def __init__(self, path: Path, env_id: str, seed: int, freq: int, n_episodes: int) -> None:
+    def __init__(self, path: Path, env_id: str, seed: int, freq: int, n_episodes: int, deterministic: bool = True) -> None:
         super().__init__()
+        self.deterministic = deterministic
         self.path, self.freq, self.n_episodes = path, freq, n_episodes
         self.eval_env = make_vec_env(env_id, n_envs=n_episodes, seed=10_000 + 1_000 * seed)
         self.start = time.perf_counter()
@@ -70,7 +71,7 @@ class Evaluation(BaseCallback):
         begin = time.perf_counter()
         seconds = begin - self.start - self.evaluating
         returns, lengths = evaluate_policy(
-            self.model, self.eval_env, self.n_episodes, deterministic=True, return_episode_rewards=True, warn=False
+            self.model, self.eval_env, self.n_episodes, self.deterministic, return_episode_rewards=True, warn=False
         )
         with self.path.open("a", newline="") as file:
             for episode, (value, length) in enumerate(zip(np.array(returns), np.array(lengths), strict=True)):

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sb3_diffrl.bc import DiffusionBC
     from sb3_diffrl.lql import LQL, NCLQL
-    from sb3_diffrl.offline import OfflineAlgorithm, OfflineDataset, fill_replay_buffer, normalized_score, record_dataset
+    from sb3_diffrl.offline import (
+        OfflineAlgorithm,
+        OfflineDataset,
+        fill_replay_buffer,
+        make_dataset,
+        normalized_score,
+        record_dataset,
+    )
 
 __version__ = "0.1.0"
 
@@ -18,6 +25,7 @@ _HOMES = {
     "OfflineAlgorithm": "sb3_diffrl.offline",
     "OfflineDataset": "sb3_diffrl.offline",
     "fill_replay_buffer": "sb3_diffrl.offline",
+    "make_dataset": "sb3_diffrl.offline",
     "normalized_score": "sb3_diffrl.offline",
     "record_dataset": "sb3_diffrl.offline",
 }
@@ -30,6 +38,7 @@ __all__ = [
     "OfflineDataset",
     "__version__",
     "fill_replay_buffer",
+    "make_dataset",
     "normalized_score",
     "record_dataset",
 ]

@@ -28,8 +28,9 @@ def test_the_pages_have_code() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_code_on_a_page_runs(block: str, tmp_path: Path) -> None:
+def test_code_on_a_page_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As printed, but for budgets: a few updates show as much as many."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     short = re.sub(r"learn\((total_timesteps=)?[\d_]+", r"learn(\g<1>130", block)
     short = re.sub(r"learning_starts=[\d_]+", "learning_starts=100", short)
     short = re.sub(r"n_eval_episodes=\d+", "n_eval_episodes=1", short)
@@ -43,6 +44,17 @@ def test_demo(tmp_path: Path) -> None:
     assert re.search(r"random policy +-\d+\.\d", printed)
     assert re.search(r"NC-LQL +-\d+\.\d \+- \d", printed)
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"nclql_pendulum.zip", "learning_curve.png"}
+
+
+def test_offline_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    command = [sys.executable, str(ROOT / "examples" / "offline.py"), "--sac-steps", "150", "--data-steps", "450"]
+    command += ["--clone-steps", "50", "--episodes", "1"]
+    for _ in range(2):  # repeatable
+        printed = run(command, tmp_path)
+    assert re.search(r"DiffusionBC +-\d+\.\d \+- ", printed)
+    assert "Dataset: 450 steps, mean return -" in printed
+    assert (tmp_path / "offline" / "clone.zip").exists()
 
 
 def test_every_figure_and_table_on_a_page_exists() -> None:

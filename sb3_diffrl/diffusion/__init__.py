@@ -2,6 +2,7 @@
 
 from sb3_diffrl.diffusion.denoisers import DiT1d, MlpDenoiser
 from sb3_diffrl.diffusion.embeddings import FourierEmbedding, SinusoidalEmbedding
+from sb3_diffrl.diffusion.model import DiffusionModel
 from sb3_diffrl.diffusion.process import Denoise, DiffusionProcess, Fixed, Guidance, PredictionType, Solver
 from sb3_diffrl.diffusion.schedules import DiscreteSchedule, NoiseSchedule, ScheduleName, VPSchedule, make_schedule
 from sb3_diffrl.diffusion.transformer import Transformer1d
@@ -9,6 +10,7 @@ from sb3_diffrl.diffusion.transformer import Transformer1d
 __all__ = [
     "Denoise",
     "DiT1d",
+    "DiffusionModel",
     "DiffusionProcess",
     "DiscreteSchedule",
     "Fixed",
