@@ -218,18 +218,31 @@ class Windows:
     def __len__(self) -> int:
         return len(self.starts)
 
+    @cached_property
+    def episodes(self) -> np.ndarray:
+        """Number of the episode that each window lies in, int64, ``(n_windows,)``."""
+        return np.searchsorted(self.dataset.episode_starts, self.starts, side="right") - 1
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """Row of ``dataset.observations`` that each window begins at, int64, ``(n_windows,)``."""
+        return self.starts + self.episodes
+
+    @cached_property
+    def last_rows(self) -> np.ndarray:
+        """Row of the final observation of each window's episode, int64, ``(n_windows,)``."""
+        rows: np.ndarray = self.dataset.episode_starts[self.episodes + 1] + self.episodes
+        return rows
+
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows of ``dataset.observations`` in windows.
 
         :param indices: numbers of the windows, ``(batch,)``
         :return: int64, ``(batch, horizon)``
         """
-        starts, ends = self.starts[indices], self.dataset.episode_starts
-        episodes = np.searchsorted(ends, starts, side="right") - 1
-        last = ends[episodes + 1] + episodes
         # (batch, 1) + (horizon,) -> (batch, horizon)
-        rows: np.ndarray = (starts + episodes)[:, None] + np.arange(self.horizon) * self.stride
-        return rows.clip(max=last[:, None])
+        rows: np.ndarray = self.first_rows[indices][:, None] + np.arange(self.horizon) * self.stride
+        return rows.clip(max=self.last_rows[indices][:, None])
 
     def observations(self, indices: np.ndarray) -> np.ndarray:
         """Observations in windows, float32, ``(batch, horizon, obs_dim)``."""

@@ -32,6 +32,8 @@ class ObservationFlattener:
         else:
             self._flat_space = space
         self.dim = _dim(self._flat_space)
+        #: How many of the last entries are the desired goal.
+        self.goal_dim = _dim(space["desired_goal"]) if isinstance(space, spaces.Dict) and self.is_goal_conditioned else 0
 
     def __call__(self, observations: Any, batched: bool) -> np.ndarray:
         """Flatten one observation or a batch.
