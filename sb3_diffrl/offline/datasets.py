@@ -221,7 +221,8 @@ class Windows:
     @cached_property
     def episodes(self) -> np.ndarray:
         """Number of the episode that each window lies in, int64, ``(n_windows,)``."""
-        return np.searchsorted(self.dataset.episode_starts, self.starts, side="right") - 1
+        episodes: np.ndarray = np.searchsorted(self.dataset.episode_starts, self.starts, side="right") - 1
+        return episodes
 
     @cached_property
     def first_rows(self) -> np.ndarray:
@@ -242,7 +243,8 @@ class Windows:
         """
         # (batch, 1) + (horizon,) -> (batch, horizon)
         rows: np.ndarray = self.first_rows[indices][:, None] + np.arange(self.horizon) * self.stride
-        return rows.clip(max=self.last_rows[indices][:, None])
+        clipped: np.ndarray = rows.clip(max=self.last_rows[indices][:, None])
+        return clipped
 
     def observations(self, indices: np.ndarray) -> np.ndarray:
         """Observations in windows, float32, ``(batch, horizon, obs_dim)``."""
