@@ -18,8 +18,7 @@ one of the first 32 times on all the images, of the other times each on a sixtee
 import argparse
 import csv
 import json
-import math
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +27,14 @@ import torch as th
 from sklearn.datasets import load_digits
 from torch import nn
 
-from sb3_diffrl.diffusion import DiffusionProcess, DiT1d, MlpDenoiser, make_schedule
-from sb3_diffrl.diffusion.model import DiffusionModel
-from sb3_diffrl.timesteps import AdaptiveTimestepSampler, TimestepSampler, make_timestep_sampler
+from sb3_diffrl.diffusion import Denoise, DiffusionProcess, DiT1d, MlpDenoiser, make_schedule
+from sb3_diffrl.timesteps import AdaptiveTimestepSampler, BoundTerms, TimestepSampler
+from sb3_diffrl.timesteps.factory import RULES, WEIGHTINGS
 
 RESULTS = Path(__file__).parent / "results" / "timesteps"
 SAMPLERS = ("uniform", "logit_normal", "lognormal", "loss_second_moment", "min_snr", "p2", "speed", "adaptive")
-BATCH, N_TIMES, HELD_OUT, DENSE, SPARSE = 128, 1000, 360, 32, 16
+BATCH, N_TIMES, HELD_OUT, DENSE, SPARSE = 128, 1000, 360, 32, 32
+EMA_DECAY = 0.999
 
 
 class Digits(NamedTuple):
@@ -52,18 +52,82 @@ def digits(image: bool) -> Digits:
     return Digits(x[HELD_OUT:], x[:HELD_OUT], th.as_tensor(labels[order][HELD_OUT:]))
 
 
-def make_model(arch: str, schedule: str) -> DiffusionModel:
-    process = DiffusionProcess(make_schedule(schedule, N_TIMES))  # type: ignore[arg-type]
+class Run(NamedTuple):
+    label: str
+    sampler: TimestepSampler
+    seed: int
+
+
+class Fleet:
+    """Models of one architecture that are trained in step: their weights are stacked, so that they share the cost of each call.
+
+    Every run has its own seed, minibatches, noise and sampler, and the optimisation of one is that of a model alone.
+    """
+
+    def __init__(self, runs: list[Run], arch: str, schedule: str, data: Digits) -> None:
+        self.runs, self.data = runs, data
+        self.process = DiffusionProcess(make_schedule(schedule, N_TIMES))  # type: ignore[arg-type]
+        networks = []
+        for run in runs:
+            th.manual_seed(run.seed)
+            networks.append(make_network(arch))
+            run.sampler.setup(self.process, tuple(data.train.shape[1:]))
+        self.network = networks[0]
+        self.weights, self.buffers = th.func.stack_module_state(networks)
+        self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.optimizer = th.optim.Adam(list(self.weights.values()), 1e-3, fused=True)
+        self.generators = [th.Generator().manual_seed(run.seed) for run in runs]
+        self.rows = th.arange(BATCH)
+        self.seconds = 0.0
+
+    def denoise_all(self, x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """All runs' networks at once, ``(runs * batch, ...)``."""
+        n = len(self.runs)
+
+        def one(weights: Any, buffers: Any, x_t: th.Tensor, time: th.Tensor) -> Any:
+            return th.func.functional_call(self.network, (weights, buffers), (x_t, time))
+
+        time_ = self.process.schedule.network_time(t)
+        output = th.vmap(one)(self.weights, self.buffers, x_t.view(n, -1, *x_t.shape[1:]), time_.view(n, -1))
+        return output.reshape(x_t.shape)
+
+    def denoiser(self, run: int, average: bool) -> Denoise:
+        source = self.average if average else self.weights
+        state = {name: value[run].detach() for name, value in {**source, **self.buffers}.items()}
+        schedule = self.process.schedule
+        return lambda x_t, t: th.func.functional_call(self.network, state, (x_t, schedule.network_time(t)))
+
+    def step(self) -> None:
+        data, drawn = self.data.train, []
+        for run, generator in zip(self.runs, self.generators, strict=True):
+            x0 = data[th.randint(len(data), (BATCH,), generator=generator)]
+            drawn.append((x0, *run.sampler.sample(x0, generator), th.randn(x0.shape, generator=generator)))
+        x0, t, weight, noise = (th.cat(parts) for parts in zip(*drawn, strict=True))
+        loss = self.process.denoising_loss(self.denoise_all, x0, t, noise)
+        with ExitStack() as stack:
+            for i, (run, generator) in enumerate(zip(self.runs, self.generators, strict=True)):
+                bound_terms = self.bound_terms(i, drawn[i][0])
+                stack.enter_context(run.sampler.around_step(drawn[i][0], loss[i * BATCH : (i + 1) * BATCH], bound_terms, generator))
+            self.optimizer.zero_grad()
+            ((weight * loss).sum() / BATCH).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        th._foreach_lerp_(list(self.average.values()), [weight.detach() for weight in self.weights.values()], 1 - EMA_DECAY)
+
+    def bound_terms(self, run: int, x0: th.Tensor) -> BoundTerms:
+        return lambda rows, t, noise: self.process.bound_terms(self.denoiser(run, False), x0[rows], t, noise)
+
+
+def make_network(arch: str) -> nn.Module:
     if arch == "mlp":
-        return DiffusionModel(MlpDenoiser(64, 0, (256, 256, 256)), process, ema_decay=0.999)
-    return DiffusionModel(DiT1d(8, 8, d_model=64, depth=2, head_dim=32, time_embedding_dim=64), process, ema_decay=0.999)
+        return MlpDenoiser(64, 0, (128, 128, 128), nn.SiLU)
+    return DiT1d(8, 8, d_model=64, depth=2, head_dim=32, time_embedding_dim=64)
 
 
 class HeldOutBound:
-    """The bound of the averaged weights on the held-out images, always with the same noise."""
+    """The bound on the held-out images, always with the same noise."""
 
-    def __init__(self, model: DiffusionModel, x0: th.Tensor) -> None:
-        self.model, self.x0 = model, x0
+    def __init__(self, process: DiffusionProcess, x0: th.Tensor) -> None:
+        self.process, self.x0 = process, x0
         dense = th.arange(len(x0)).repeat_interleave(DENSE), th.arange(DENSE).repeat(len(x0))
         rows, t = (grid.flatten() for grid in th.meshgrid(th.arange(len(x0)), th.arange(DENSE, N_TIMES), indexing="ij"))
         kept = t % SPARSE == rows % SPARSE
@@ -72,19 +136,14 @@ class HeldOutBound:
         self.share = 1 / th.bincount(self.t, minlength=N_TIMES)[self.t].double()
 
     @th.no_grad()
-    def per_time(self) -> th.Tensor:
+    def per_time(self, denoise: Denoise) -> th.Tensor:
         """Terms, the mean over images, ``(T,)``."""
-        process, network = self.model.process, self.model.denoiser_ema.module
-        terms = th.cat(
-            [
-                process.bound_terms(lambda x_t, t: network(x_t, process.schedule.network_time(t)), self.x0[rows], t, noise)
-                for rows, t, noise in zip(self.rows.split(4096), self.t.split(4096), self.noise.split(4096), strict=True)
-            ]
-        )
+        parts = zip(self.rows.split(4096), self.t.split(4096), self.noise.split(4096), strict=True)
+        terms = th.cat([self.process.bound_terms(denoise, self.x0[rows], t, noise) for rows, t, noise in parts])
         return th.zeros(N_TIMES, dtype=th.float64).index_add_(0, self.t, terms.double() * self.share)
 
-    def __call__(self) -> float:
-        return float(self.per_time().sum()) + float(self.model.process.prior_term(self.x0).mean())
+    def __call__(self, denoise: Denoise) -> float:
+        return float(self.per_time(denoise).sum()) + float(self.process.prior_term(self.x0).mean())
 
 
 def features(data: Digits) -> nn.Module:
@@ -112,50 +171,34 @@ def frechet_distance(body: nn.Module, a: th.Tensor, b: th.Tensor) -> float:
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def train(sampler_name: str, settings: dict[str, Any], seed: int, steps: int, arch: str, schedule: str, path: Path) -> None:
-    th.manual_seed(seed)
+def train(runs: list[Run], steps: int, arch: str, schedule: str, paths: list[Path]) -> None:
     data = digits(image=arch == "dit")
-    model = make_model(arch, schedule)
-    chosen: str | TimestepSampler = sampler_name
-    if sampler_name == "published":
-        chosen = AdaptiveTimestepSampler.published()
-    elif settings:
-        chosen = AdaptiveTimestepSampler(**settings)
-    sampler = make_timestep_sampler(chosen, model.process, tuple(data.train.shape[1:]))
-    optimizer = th.optim.Adam(model.denoiser.parameters(), 1e-3, fused=True)
-    generator = th.Generator().manual_seed(seed)
-    bound, body = HeldOutBound(model, data.held_out), features(data)
-    wall = cpu = 0.0
-    rows: list[dict[str, float]] = []
+    fleet = Fleet(runs, arch, schedule, data)
+    bound, body = HeldOutBound(fleet.process, data.held_out), features(data)
+    rows: list[list[dict[str, Any]]] = [[] for _ in runs]
     for step in range(1, steps + 1):
-        begin = time.perf_counter(), time.process_time()
-        x0 = data.train[th.randint(len(data.train), (BATCH,), generator=generator)]
-        t, weight = sampler.sample(x0, generator)
-        noise = th.randn(x0.shape, generator=generator)
-        loss = model.loss(x0, None, t, noise)
-
-        def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor, x0: th.Tensor = x0) -> th.Tensor:
-            return model.bound_terms(x0[rows], None, t, noise)
-
-        with sampler.around_step(x0, loss, bound_terms, generator):
-            optimizer.zero_grad()
-            (weight * loss).mean().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        model.update_ema()
-        wall, cpu = wall + time.perf_counter() - begin[0], cpu + time.process_time() - begin[1]
-        if step % 500 == 0 or step == 100:
-            rows.append({"step": step, "bound": bound(), "cpu_s": cpu, "wall_s": wall, "loss": float(loss.mean())})
-            info = sampler.info()
-            rows[-1] |= {name: float(info[name]) for name in ("alpha", "beta", "reward", "reward_std", "overhead") if name in info}
-            if "selected_0" in info:
-                rows[-1]["selected"] = " ".join(str(int(i)) for i in sampler.selected_timesteps)  # type: ignore
+        fleet.step()
+        if step % 500 and step != 100:
+            continue
+        for i, run in enumerate(runs):
+            info = run.sampler.info()
+            row: dict[str, Any] = {"step": step, "bound": bound(fleet.denoiser(i, True))}
+            row |= {name: float(info[name]) for name in ("alpha", "beta", "reward", "reward_std") if name in info}
+            if isinstance(run.sampler, AdaptiveTimestepSampler):
+                row["selected"] = " ".join(map(str, run.sampler.selected_timesteps.tolist()))
+            row["density"] = " ".join(f"{d:.2f}" for d in run.sampler.density(data.train[:64], n_bins=20).tolist())
+            rows[i].append(row)
+        print(
+            step,
+            " ".join(f"{run.label}-{run.seed}:{row[-1]['bound']:.3f}" for run, row in zip(runs, rows, strict=True)),
+            flush=True,
+        )
     start = th.randn(2000, *data.train.shape[1:], generator=th.Generator().manual_seed(0))
-    with th.no_grad():
-        rows[-1]["frechet"] = frechet_distance(body, model.sample(start, None, 50), th.cat([data.train, data.held_out]))
-    write(path, rows)
-    density = sampler.density(data.train[:256])
-    print(f"{path.stem}: bound {rows[-1]['bound']:.3f} cpu {cpu:.0f}s wall {wall:.0f}s frechet {rows[-1]['frechet']:.2f}",
-          "density", " ".join(f"{d:.1f}" for d in density.view(10, 5).mean(1).tolist()), rows[-1], flush=True)
+    for i, path in enumerate(paths):
+        with th.no_grad():
+            samples = fleet.process.sample(fleet.denoiser(i, True), start, 50)
+        rows[i][-1]["frechet"] = frechet_distance(body, samples, th.cat([data.train, data.held_out]))
+        write(path, rows[i])
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -169,6 +212,15 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     partial.rename(path)
 
 
+def make_sampler(name: str, settings: dict[str, Any]) -> TimestepSampler:
+    if name == "published":
+        return AdaptiveTimestepSampler.published()
+    rule, _, weighting = name.partition("+")
+    if rule in WEIGHTINGS:
+        rule, weighting = "uniform", rule
+    return RULES[rule](weighting=weighting or None, **(settings if rule == "adaptive" else {}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run", "table"])
@@ -177,16 +229,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--arch", choices=["mlp", "dit"], default="mlp")
     parser.add_argument("--schedule", default="linear")
-    parser.add_argument("--set", type=json.loads, default={})
-    parser.add_argument("--label")
+    parser.add_argument("--variants", type=json.loads, default={}, help='{"label": {"learning_rate": 0.003}}')
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     th.set_num_threads(1)
+    runs, paths = [], []
     for seed in args.seeds:
-        for name in args.samplers:
-            path = args.results / f"digits-{args.arch}-{args.schedule}-{args.label or name}-s{seed}.csv"
+        settings = {name: {} for name in args.samplers} | args.variants
+        for label in settings:
+            path = args.results / f"digits-{args.arch}-{args.schedule}-{label}-s{seed}.csv"
             if not path.exists():
-                train(name, args.set if name == "adaptive" else {}, seed, args.steps, args.arch, args.schedule, path)
+                name = "adaptive" if label in args.variants else label
+                runs.append(Run(label, make_sampler(name, settings[label]), seed))
+                paths.append(path)
+    if runs:
+        train(runs, args.steps, args.arch, args.schedule, paths)
 
 
 if __name__ == "__main__":

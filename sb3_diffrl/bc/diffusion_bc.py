@@ -14,6 +14,7 @@ from sb3_diffrl.diffusion.schedules import ScheduleName
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics, OfflineAlgorithm
 from sb3_diffrl.offline.reading import DatasetSource
+from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 SelfDiffusionBC = TypeVar("SelfDiffusionBC", bound="DiffusionBC")
 
@@ -66,6 +67,9 @@ class DiffusionBC(OfflineAlgorithm):
     :param prediction_type: what the denoiser predicts: ``"epsilon"``, ``"sample"`` or ``"v_prediction"``
     :param solver: ``"ddim"`` or ``"ddpm"``
     :param ema_decay: decay of the moving average of the weights, which acts
+    :param timestep_sampler: which times to train on: ``"uniform"``, ``"logit_normal"``, ``"lognormal"``, ``"loss_second_moment"``,
+        ``"min_snr"``, ``"p2"``, ``"speed"``, ``"adaptive"``, a rule and a weighting (``"adaptive+min_snr"``), or a
+        ``TimestepSampler``
     :param _init_setup_model: build the networks at once
     :raises ValueError: if an argument is outside its range, or the dataset does not fit; the message names it
     """
@@ -92,6 +96,7 @@ class DiffusionBC(OfflineAlgorithm):
         prediction_type: PredictionType = "epsilon",
         solver: Solver = "ddim",
         ema_decay: float = 0.995,
+        timestep_sampler: str | TimestepSampler = "uniform",
         _init_setup_model: bool = True,
     ) -> None:
         self.num_train_timesteps = num_train_timesteps
@@ -100,6 +105,7 @@ class DiffusionBC(OfflineAlgorithm):
         self.prediction_type: PredictionType = prediction_type
         self.solver: Solver = solver
         self.ema_decay = ema_decay
+        self.timestep_sampler = timestep_sampler
         super().__init__(
             policy,
             env,
@@ -116,7 +122,15 @@ class DiffusionBC(OfflineAlgorithm):
         )
 
     def _policy_arguments(self) -> dict[str, Any]:
-        names = ("num_train_timesteps", "num_inference_steps", "beta_schedule", "prediction_type", "solver", "ema_decay")
+        names = (
+            "num_train_timesteps",
+            "num_inference_steps",
+            "beta_schedule",
+            "prediction_type",
+            "solver",
+            "ema_decay",
+            "timestep_sampler",
+        )
         return {**self.policy_kwargs, **{name: getattr(self, name) for name in names}}
 
     def _prepare_data(self, dataset: OfflineDataset) -> Data:
@@ -135,21 +149,19 @@ class DiffusionBC(OfflineAlgorithm):
     def update(self) -> Metrics:
         """One gradient step of the denoiser on a minibatch."""
         batch = self.sample_batch()
-        t = self.policy.model.process.schedule.sample_timesteps(self.batch_size, self.generator)
+        sampler = self.policy.timestep_sampler
+        t, weight = sampler.sample(batch.actions, self.generator)
         noise = th.randn(batch.actions.shape, device=self.device, generator=self.generator)
-        loss, metrics = self._denoising_loss(batch, t, noise)
-        metrics["grad_norm"] = self._optimise(loss, self.policy.optimizer)
+        losses = self.policy.loss(batch.observations, batch.actions, t, noise)
+        loss = (weight * losses).mean()
+
+        def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+            return self.policy.bound_terms(batch.observations[rows], batch.actions[rows], t, noise)
+
+        with sampler.around_step(batch.actions, losses, bound_terms, self.generator):
+            grad_norm = self._optimise(loss, self.policy.optimizer)
         self.policy.model.update_ema()
-        return metrics
-
-    def _denoising_loss(self, batch: Batch, t: th.Tensor, noise: th.Tensor) -> tuple[th.Tensor, Metrics]:
-        """Mean squared error of the denoiser's prediction.
-
-        :param t: diffusion times, ``(batch,)``
-        :param noise: standard normal, ``(batch, action_dim)``
-        """
-        loss = self.policy.loss(batch.observations, batch.actions, t, noise).mean()
-        return loss, {"loss": loss.detach()}
+        return {"loss": loss.detach(), "grad_norm": grad_norm, **sampler.info()}
 
     def learn(
         self: SelfDiffusionBC,

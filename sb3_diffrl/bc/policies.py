@@ -14,12 +14,14 @@ from sb3_diffrl.diffusion.model import DiffusionModel
 from sb3_diffrl.diffusion.process import DiffusionProcess, PredictionType, Solver
 from sb3_diffrl.diffusion.schedules import ScheduleName, make_schedule
 from sb3_diffrl.offline.policies import OfflinePolicy
+from sb3_diffrl.timesteps.mixin import TimestepSamplerMixin
+from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 # Seeds the noise of deterministic actions: part of the policy's definition, so it never changes.
 DETERMINISTIC_SEED = 0
 
 
-class DiffusionPolicy(OfflinePolicy):
+class DiffusionPolicy(TimestepSamplerMixin, OfflinePolicy):
     """Actions are denoised from Gaussian noise by a network that sees the observation.
 
     The sampler's settings may be changed on a trained policy: ``model.policy.num_inference_steps = 5``.
@@ -38,6 +40,7 @@ class DiffusionPolicy(OfflinePolicy):
     :param prediction_type: what the denoiser predicts: ``"epsilon"``, ``"sample"`` or ``"v_prediction"``
     :param solver: ``"ddim"`` or ``"ddpm"``
     :param ema_decay: decay of the moving average of the weights, which acts
+    :param timestep_sampler: which times to train on: a name or an object, see ``timestep_sampler_by_name``
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class DiffusionPolicy(OfflinePolicy):
         prediction_type: PredictionType = "epsilon",
         solver: Solver = "ddim",
         ema_decay: float = 0.995,
+        timestep_sampler: str | TimestepSampler = "uniform",
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class, optimizer_kwargs)
         self.net_arch, self.activation_fn, self.time_embedding_dim = net_arch, activation_fn, time_embedding_dim
@@ -69,6 +73,7 @@ class DiffusionPolicy(OfflinePolicy):
         denoiser = MlpDenoiser(self.action_dim, self.obs_dim, net_arch, activation_fn, time_embedding_dim)
         self.model = DiffusionModel(denoiser, process, ema_decay)
         self.optimizer = self.make_optimizer(self.model.denoiser.parameters())
+        self._setup_timestep_sampler(timestep_sampler, process, (self.action_dim,))
 
     def loss(self, obs: th.Tensor, actions: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """Denoising loss, ``(batch,)``.
@@ -79,6 +84,10 @@ class DiffusionPolicy(OfflinePolicy):
         :param noise: standard normal, ``(batch, action_dim)``
         """
         return self.model.loss(actions, self.normalizer.normalize(obs), t, noise)
+
+    def bound_terms(self, obs: th.Tensor, actions: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """Terms of the variational bound, see ``DiffusionProcess.bound_terms``; arguments as of ``loss()``, ``(batch,)``."""
+        return self.model.bound_terms(actions, self.normalizer.normalize(obs), t, noise)
 
     def forward(self, obs: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """Actions in the scaled box [-1, 1], ``(batch, action_dim)``."""
@@ -117,7 +126,7 @@ class DiffusionPolicy(OfflinePolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ["net_arch", "activation_fn", "time_embedding_dim", "num_train_timesteps", "num_inference_steps", "beta_schedule"]
-        names += ["prediction_type", "solver", "ema_decay"]
+        names += ["prediction_type", "solver", "ema_decay", "timestep_sampler"]
         return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
 
 

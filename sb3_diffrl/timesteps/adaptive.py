@@ -1,5 +1,6 @@
 """The learned timestep sampler."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ class BetaPolicy(nn.Module):
             n_features = math.prod(x0_shape)
         layers.append(nn.Flatten())
         sizes = (n_features, *net_arch)
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+        for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         last = nn.Linear(sizes[-1], 2)
         nn.init.zeros_(last.weight)
@@ -80,16 +81,16 @@ class AdaptiveTimestepSampler(TimestepSampler):
     3. each row's reward is the drop of its own terms at the chosen times;
     4. the policy takes a step up ``log pi(t | x0) * advantage``.
 
-    The published settings are ``AdaptiveTimestepSampler.published()``. They collapse in our measurements; the defaults are those that
-    were found to be robust. Where the two differ:
+    The published settings are ``AdaptiveTimestepSampler.published()``. They collapse in our measurements; the defaults are those
+    that were found to be robust. Where the two differ:
 
     * the terms before and after a step are measured with the same noise, so that their difference shows the step alone;
     * the reward is divided by its running standard deviation, and compared with its running mean;
     * the entropy is differentiated, not part of the reward;
     * concentrations are bounded and some draws are uniform, so that no time is ever left out for good;
     * the sweep goes over ``sweep_size`` times;
-    * times are chosen by the sweeps before this one (the terms before the step are measured while the model has not made it), and by
-      at least three of them (two are always perfectly correlated). The F-test of one feature orders times as the absolute
+    * times are chosen by the sweeps before this one (the terms before the step are measured while the model has not made it), and
+      by at least three of them (two are always perfectly correlated). The F-test of one feature orders times as the absolute
       correlation does.
 
     :param learning_rate: learning rate of the policy (Adam)
@@ -113,7 +114,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
     """
 
     queue: th.Tensor
-    queue_count: th.Tensor
+    sweep_timesteps: th.Tensor
     reward_moments: th.Tensor
     selected: th.Tensor
 
@@ -198,7 +199,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         self.register_buffer("selected", th.arange(self.n_selected, device=device))
         self._n_steps = self._n_sweeps = 0
         self._metrics: dict[str, th.Tensor] = {}
-        self._seconds, self._start = 0.0, None
+        self._seconds, self._start = 0.0, math.nan
         return super().setup(process, x0_shape)
 
     def _sweep_timesteps(self, process: DiffusionProcess) -> th.Tensor:
@@ -227,7 +228,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     def _log_density(self, beta: th.distributions.Beta, fraction: th.Tensor) -> th.Tensor:
         """Of the draws, with the uniform share, ``(batch,)``."""
-        log_beta: th.Tensor = beta.log_prob(fraction.clamp(EDGE, 1 - EDGE))
+        log_beta: th.Tensor = beta.log_prob(fraction.clamp(EDGE, 1 - EDGE))  # type: ignore[no-untyped-call]
         if self.uniform_floor == 0:
             return log_beta
         floor = log_beta.new_tensor(math.log(self.uniform_floor))
@@ -240,7 +241,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
     ) -> AbstractContextManager[None]:
         """See ``TimestepSampler``. All but every ``update_frequency``-th call only count."""
         del loss
-        if self._start is None:
+        if math.isnan(self._start):
             self._start = time.perf_counter()
         self._n_steps += 1
         if self._n_steps % self.update_frequency:
@@ -273,7 +274,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
     @th.no_grad()
     def _terms(self, bound_terms: BoundTerms, rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         size = self.chunk_size or len(rows)
-        chunks = zip(rows.split(size), t.split(size), noise.split(size), strict=True)
+        chunks = zip(*(th.split(x, size) for x in (rows, t, noise)), strict=True)
         return th.cat([bound_terms(*chunk) for chunk in chunks])
 
     def _learn(self, x0: th.Tensor, fraction: th.Tensor, drop: th.Tensor) -> None:
@@ -309,11 +310,13 @@ class AdaptiveTimestepSampler(TimestepSampler):
             concentrations = beta.concentration1.mean(), beta.concentration0.mean()
             self._metrics = {"reward": moments[1], "reward_std": std, "entropy": entropy.mean()}
             self._metrics |= {"alpha": concentrations[0], "beta": concentrations[1]}
+            selected = self.process.schedule.network_time(self.selected_timesteps.sort().values)
+            self._metrics |= {f"selected_{i}": time for i, time in enumerate(selected)}
 
     def _average_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
         flat = mean_over_processes(th.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        for gradient, mean in zip(gradients, th.split(flat, [gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
     def _select(self, drops: th.Tensor) -> None:
@@ -338,15 +341,13 @@ class AdaptiveTimestepSampler(TimestepSampler):
         return self.sweep_timesteps[self.selected]
 
     def info(self) -> dict[str, th.Tensor]:
-        """Of the last update: ``reward`` (mean drop, bits per dimension), ``reward_std`` (running), ``entropy`` of the Beta (0 where
-        uniform), its mean concentrations ``alpha`` and ``beta``, ``selected_0`` .. (the selected times, as network times); and
-        ``overhead`` (the sampler's share of the time since the first step).
+        """Of the last update: ``reward`` (mean drop, bits per dimension), ``reward_std`` (running), ``entropy`` of the Beta (0
+        where uniform), its mean concentrations ``alpha`` and ``beta``, ``selected_0`` .. (the selected times, as network times);
+        and ``overhead`` (the sampler's share of the time since the first step).
         """
-        if not self._metrics or self._start is None:
+        if not self._metrics:
             return {}
-        selected = self.process.schedule.network_time(self.selected_timesteps.sort().values)
-        info = self._metrics | {f"selected_{i}": time for i, time in enumerate(selected)}
-        return info | {"overhead": th.tensor(self._seconds / (time.perf_counter() - self._start))}
+        return self._metrics | {"overhead": th.tensor(self._seconds / (time.perf_counter() - self._start))}
 
     def get_extra_state(self) -> dict[str, Any]:
         """What is not a tensor: the policy's optimiser and the counters."""
@@ -373,4 +374,5 @@ def most_correlated(drops: th.Tensor, n_selected: int) -> th.Tensor:
     norms = drops.norm(dim=0) * total.norm()
     # The F statistic rises with the absolute correlation.
     correlation = (drops.T @ total / norms.clamp(min=1e-300)).abs()
-    return correlation.topk(n_selected).indices
+    best: th.Tensor = correlation.topk(n_selected).indices
+    return best

@@ -16,7 +16,8 @@ class TimestepSamplerMixin:
                 self.optimizer = ...  # of the networks, before the sampler adds parameters of its own
                 self._setup_timestep_sampler(timestep_sampler, self.process, (self.action_dim,))
 
-    The sampler is a part of the policy: it moves, is saved and is loaded with it. The algorithm calls
+    The sampler is a part of the policy: it moves, is saved and is loaded with it; ``_get_constructor_parameters()`` gives
+    ``timestep_sampler=self.timestep_sampler``. The algorithm calls
     ``policy.timestep_sampler.sample(x0, generator)``, and makes its gradient step inside
     ``policy.timestep_sampler.around_step(x0, loss, bound_terms, generator)``.
     """
@@ -24,15 +25,13 @@ class TimestepSamplerMixin:
     timestep_sampler: TimestepSampler
 
     def _setup_timestep_sampler(
-        self, timestep_sampler: "TimestepSamplerName | TimestepSampler", process: DiffusionProcess, x0_shape: tuple[int, ...]
+        self, timestep_sampler: TimestepSamplerName | TimestepSampler, process: DiffusionProcess, x0_shape: tuple[int, ...]
     ) -> None:
         """Make the sampler.
 
         :param timestep_sampler: a name or an object, see ``make_timestep_sampler``. An object is copied: its settings may serve
-            several policies.
+            several policies, and each starts anew.
         :param process: the policy's process
         :param x0_shape: shape of one row of what the model denoises
         """
-        # The policy's constructor arguments are saved with it: settings alone.
-        self._timestep_sampler_argument = timestep_sampler
         self.timestep_sampler = make_timestep_sampler(copy.deepcopy(timestep_sampler), process, x0_shape)

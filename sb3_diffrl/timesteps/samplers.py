@@ -13,8 +13,9 @@ from sb3_diffrl.diffusion.process import DiffusionProcess
 from sb3_diffrl.timesteps.distributed import sum_over_processes
 from sb3_diffrl.timesteps.weightings import LossWeighting, WeightingName, make_weighting
 
-#: ``bound_terms(rows, t, noise) -> (n,)``: the terms of the variational bound (``DiffusionProcess.bound_terms``) of the minibatch's rows
-#: ``rows`` ``(n,)``, int64, repeats allowed, at the times ``t`` ``(n,)``, with the noise ``(n, ...)``, by the network that learns.
+#: ``bound_terms(rows, t, noise) -> (n,)``: the terms of the variational bound (``DiffusionProcess.bound_terms``) by the
+#: learning network, of the minibatch's rows ``rows`` ``(n,)``, int64, repeats allowed, at the times ``t`` ``(n,)``, with the noise
+#: ``(n, ...)``.
 BoundTerms = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 
 
@@ -51,13 +52,13 @@ class TimestepSampler(nn.Module, ABC):
         with sampler.around_step(x0, loss, bound_terms):
             optimizer.zero_grad(); (weight * loss).mean().backward(); optimizer.step()
 
-    What a sampler has learned is in its ``state_dict()``: load it with the model's to go on exactly where training stopped. A sampler
-    trains itself. Keep its parameters out of the model's optimiser, and the sampler out of the module that
+    What a sampler has learned is in its ``state_dict()``: load it with the model's to go on exactly where training stopped. A
+    sampler trains itself. Keep its parameters out of the model's optimiser, and the sampler out of the module that
     ``DistributedDataParallel`` wraps: with several processes it keeps itself the same in all of them.
 
     A sampler is made of settings alone, and fits a model by ``setup()``; ``make_timestep_sampler`` does both.
 
-    :param weighting: weight of the loss that multiplies the rule's own: ``"min_snr"``, ``"p2"`` or a ``LossWeighting``; ``None``: none
+    :param weighting: weight of the loss that multiplies the rule's own: ``"min_snr"``, ``"p2"``, a ``LossWeighting`` or ``None``
     """
 
     process: DiffusionProcess
@@ -140,7 +141,7 @@ class UniformTimestepSampler(TimestepSampler):
 
 
 class LogitNormalTimestepSampler(TimestepSampler):
-    """The logit of the time, as a fraction of the schedule, is normal (Stable Diffusion 3, 2403.03206, eq. 19): the middle most often.
+    """The logit of the time, as a fraction of the schedule, is normal (SD3, 2403.03206, eq. 19): the middle most often.
 
     :param mean: mean of the logit; below 0 for less noise
     :param std: its standard deviation
@@ -206,7 +207,7 @@ class SpeedTimestepSampler(TimestepSampler):
         """See ``TimestepSampler``."""
         n = process.schedule.num_train_timesteps or 1000
         t = process.schedule.timesteps_at((th.arange(n, device=process.schedule.device) + 0.5) / n)
-        rate = process.schedule.sigma(t).square().gradient()[0] if n > 1 else th.ones(1, device=t.device)
+        rate = th.gradient(process.schedule.sigma(t).square())[0] if n > 1 else th.ones(1, device=t.device)
         rate = (rate - rate.min()) / (rate.max() - rate.min()).clamp(min=1e-12)
         below = (th.arange(n, device=t.device) + 0.5) / n < self.tau
         weights = th.where(below, 1 - self.lam + (2 * self.lam - 1) * rate, 1.0)
@@ -223,7 +224,8 @@ class SpeedTimestepSampler(TimestepSampler):
 
 class LossSecondMomentSampler(TimestepSampler):
     """Importance sampling by the root of the loss's running second moment (Improved DDPM, 2102.09672, eq. 18), with the weight
-    ``1 / (T p(t))`` that leaves the expected loss as under uniform times. It is uniform until every time was seen ``history`` times.
+    ``1 / (T p(t))`` that leaves the expected loss as under uniform times. It is uniform until every time was seen ``history``
+    times.
 
     The running mean is exponential; the released code keeps the last ``history`` losses of each time.
 

@@ -14,9 +14,9 @@ WeightingName = Literal["min_snr", "p2"]
 class LossWeighting(ABC):
     """A weight of the denoising loss that depends on the signal-to-noise ratio alone.
 
-    A rule says what it gives the loss of the noise (``prediction_type="epsilon"``). A denoiser of the data or the velocity has another
-    loss for the same error, and gets the weight that makes the two equal: the squared error of the noise is ``SNR`` times that of
-    the data, and ``SNR / (SNR + 1)`` times that of the velocity.
+    A rule says what it gives the loss of the noise (``prediction_type="epsilon"``). A denoiser of the data or the velocity has
+    another loss for the same error, and gets the weight that makes the two equal: the squared error of the noise is ``SNR`` times
+    that of the data, and ``SNR / (SNR + 1)`` times that of the velocity.
     """
 
     @abstractmethod
