@@ -227,7 +227,8 @@ class Windows:
     @cached_property
     def first_rows(self) -> np.ndarray:
         """Row of ``dataset.observations`` that each window begins at, int64, ``(n_windows,)``."""
-        return self.starts + self.episodes
+        rows: np.ndarray = self.starts + self.episodes
+        return rows
 
     @cached_property
     def last_rows(self) -> np.ndarray:
