@@ -75,7 +75,7 @@ def test_a_critic_without_hidden_layers_has_a_constant_gradient() -> None:
     assert isinstance(layer, StackedLinear)
     expected = layer.weight[:, 5:7, 0].sum(0).detach()
     th.testing.assert_close(fast(th.rand(4, 2), 1), expected.expand(4, -1))
-    assert not native.supports(critic)
+    assert not critic.can_compile
 
 
 @ACTIVATIONS
@@ -90,7 +90,7 @@ def test_compiled_chain_equals_the_plain_one(
         sampler = LangevinSampler(n_levels, n_steps=3, step_size=1e-5, sigma_max=0.003, normalize_grad=normalize_grad)
         draws = sampler.draw(batch, action_dim)
         expected = sampler.sample(AutogradQGradient(critic, features), draws)
-        actions = native.sample(sampler, critic, features, draws)
+        actions = critic.sample(sampler, features, draws)
         assert (expected - draws.start).abs().mean() > 1e-4  # it moved
         th.testing.assert_close(actions, expected, atol=2e-5, rtol=0)
 
@@ -100,9 +100,9 @@ def test_compiled_chain_does_not_depend_on_its_batch(activation_fn: type[nn.Modu
     critic = make_critic(5, 3, [40, 24], n_levels=4, activation_fn=activation_fn)
     features, sampler = th.randn(50, 5), LangevinSampler(4)
     draws = sampler.draw(50, 3)
-    together = native.sample(sampler, critic, features, draws)
+    together = critic.sample(sampler, features, draws)
     for rows in ([0], [49], [3, 17], list(range(8, 21))):
-        alone = native.sample(sampler, critic, features[rows], ChainDraws(draws.start[rows], draws.noise[:, :, rows]))
+        alone = critic.sample(sampler, features[rows], ChainDraws(draws.start[rows], draws.noise[:, :, rows]))
         assert th.equal(alone, together[rows])
 
 
@@ -115,7 +115,7 @@ def test_gradients_are_finite_and_right_far_out(activation_fn: type[nn.Module]) 
     th.testing.assert_close(StackedMlpQGradient(critic, features)(actions, 0), expected, atol=1e-4, rtol=1e-4)
     # One step without noise is the gradient times step_size / 2 * w = 0.01
     sampler = LangevinSampler(1, n_steps=1, step_size=0.02, inverse_temperature=1.0, normalize_grad=False)
-    step = native.sample(sampler, critic, features, ChainDraws(actions, th.zeros(1, 1, 101, 1)))
+    step = critic.sample(sampler, features, ChainDraws(actions, th.zeros(1, 1, 101, 1)))
     th.testing.assert_close(step, (0.01 * expected).clip(-1, 1), atol=1e-6, rtol=1e-4)
 
 
@@ -123,7 +123,7 @@ def test_compiled_chain_lets_nan_through() -> None:
     critic, sampler = make_critic(n_levels=2), LangevinSampler(2)
     features = th.zeros(3, 4)
     features[1] = th.nan
-    actions = native.sample(sampler, critic, features, sampler.draw(3, 3))
+    actions = critic.sample(sampler, features, sampler.draw(3, 3))
     assert actions.isnan().any(dim=1).tolist() == [False, True, False]
 
 
@@ -132,9 +132,51 @@ def test_whole_chains_agree() -> None:
     features, sampler = th.randn(256, 17), LangevinSampler()
     draws = sampler.draw(256, 6)
     plain = sampler.sample(AutogradQGradient(critic, features), draws)
-    for fast in (sampler.sample(StackedMlpQGradient(critic, features), draws), native.sample(sampler, critic, features, draws)):
+    for fast in (sampler.sample(StackedMlpQGradient(critic, features), draws), critic.sample(sampler, features, draws)):
         # A chain may turn a rounding difference into another mode; nearly all must not.
         assert ((fast - plain).abs().amax(dim=1) < 1e-3).float().mean() > 0.98
+
+
+@ACTIVATIONS
+@SIZES
+@pytest.mark.parametrize("features_learn", [False, True])
+def test_compiled_values_and_gradients_equal_autograd(
+    features_learn: bool,
+    activation_fn: type[nn.Module],
+    net_arch: list[int],
+    n_critics: int,
+    n_levels: int,
+    action_dim: int,
+    batch: int,
+) -> None:
+    critic = make_critic(5, action_dim, net_arch, n_critics, n_levels, activation_fn)
+    features = th.randn(batch, 5, requires_grad=features_learn)
+    actions, levels = th.rand(batch, action_dim) * 2 - 1, th.randint(n_levels, (batch,))
+    targets = th.randn(n_critics, batch)
+    results = []
+    for compiled in (False, True):
+        critic.use_native = compiled
+        assert critic.compiled == compiled
+        q_values = critic.q_values(features, actions, levels)
+        sources = [*critic.parameters(), *([features] if features_learn else [])]
+        gradients = th.autograd.grad((q_values - targets).square().mean(), sources)
+        results.append((q_values.detach(), gradients))
+    (expected, expected_gradients), (q_values, gradients) = results
+    th.testing.assert_close(q_values, expected, atol=1e-4, rtol=1e-5)
+    for mine, others in zip(gradients, expected_gradients, strict=True):
+        th.testing.assert_close(mine, others, atol=float(2e-5 * (1 + others.abs().max())), rtol=1e-4)
+
+
+def test_compiled_values_can_be_differentiated_twice_at_once() -> None:
+    """Two graphs at a time keep their own activations."""
+    critic = make_critic(n_levels=1)
+    critic.use_native = True
+    batches = [(th.randn(7, 4), th.rand(7, 3)) for _ in range(2)]
+    losses = [critic.q_values(*batch).square().sum() for batch in batches]
+    together = th.autograd.grad(losses[0] + losses[1], list(critic.parameters()))
+    alone = [th.autograd.grad(critic.q_values(*batch).square().sum(), list(critic.parameters())) for batch in batches]
+    for total, first, second in zip(together, *alone, strict=True):
+        th.testing.assert_close(total, first + second)
 
 
 class LayerNormCritic(LangevinCritic):

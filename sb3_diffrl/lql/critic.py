@@ -14,7 +14,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_diffrl.common import check_count
+from sb3_diffrl.lql import native
 from sb3_diffrl.lql.activations import Mish
+from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 
 #: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
 LEVEL_EMBEDDING_DIM = 16
@@ -127,6 +129,27 @@ class LangevinCritic(BaseModel):
         widths = [input_dim, *net_arch, 1]
         self.layers = nn.ModuleList(StackedLinear(n_critics, n_in, n_out) for n_in, n_out in itertools.pairwise(widths))
         self.activation = make_activation(activation_fn)
+        #: Evaluate in compiled C where it applies (see ``native``): set by the policy
+        self.use_native = False
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether compiled C computes these networks: not a subclass, which may compute something else, and float32 on a CPU."""
+        weight = self.layers[0].weight
+        return (
+            type(self) is LangevinCritic
+            and type(self.activation) in native.ACTIVATIONS
+            and 1 < len(self.layers) <= native.MAX_HIDDEN + 1
+            and self.n_critics <= native.MAX_CRITICS
+            and weight.device.type == "cpu"
+            and weight.dtype == th.float32
+            and native.load() is not None
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether ``evaluate()`` runs in compiled C."""
+        return self.use_native and self.can_compile
 
     def features(self, obs: PyTorchObs) -> th.Tensor:
         """Features of a batch of observations, ``(batch, features_dim)``."""
@@ -140,19 +163,43 @@ class LangevinCritic(BaseModel):
         :param levels: noise level of the whole batch or of each row ``(batch,)``; the sharpest if ``None``
         :return: ``(n_critics, batch)``
         """
-        inputs = th.cat([features, actions], dim=1).expand(self.n_critics, -1, -1)
+        inputs = th.cat([features, actions], dim=1)
         if self.level_embedding is not None:
             if levels is None:
                 levels = self.n_levels - 1
             if isinstance(levels, int):
                 levels = th.full((1,), levels, device=actions.device)
             embedding = self.level_embedding(levels)
-            inputs = th.cat([inputs, embedding.expand(-1, len(actions), -1)], dim=2)
+            inputs = th.cat([inputs.expand(self.n_critics, -1, -1), embedding.expand(-1, len(actions), -1)], dim=2)
+        # (n_critics, batch, 1) -> (n_critics, batch)
+        return self.evaluate(inputs).squeeze(-1)
+
+    def evaluate(self, inputs: th.Tensor) -> th.Tensor:
+        """The networks themselves: ``(batch, in)`` or ``(n_critics, batch, in)`` to ``(n_critics, batch, 1)``."""
+        if self.compiled:
+            weights, biases = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
+            return native.stacked_mlp(type(self.activation), inputs, weights, biases)
+        inputs = inputs.expand(self.n_critics, -1, -1)
         for layer in self.layers[:-1]:
             inputs = self.activation(layer(inputs))
-        # (n_critics, batch, 1) -> (n_critics, batch)
-        q_values: th.Tensor = self.layers[-1](inputs).squeeze(-1)
+        q_values: th.Tensor = self.layers[-1](inputs)
         return q_values
+
+    @th.no_grad()
+    def sample(self, sampler: LangevinSampler, features: th.Tensor, draws: ChainDraws) -> th.Tensor:
+        """``sampler.sample()`` on the gradient of the critics' sum, in compiled C (see ``native.sample()``).
+
+        :param features: ``(batch, features_dim)``
+        :param draws: start and noise of ``batch`` chains
+        :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
+        """
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
+        level_terms = None
+        if self.level_embedding is not None:
+            embedding = self.level_embedding(th.arange(self.n_levels))
+            # (n_critics, n_levels, 16) x (n_critics, 16, width)
+            level_terms = th.bmm(embedding, weights[0][:, self.features_dim + self.action_dim :])
+        return native.sample(sampler, type(self.activation), weights, biases, level_terms, features, draws)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor, levels: th.Tensor | int | None = None) -> tuple[th.Tensor, ...]:
         """Value of each network in units of the env's rewards, as SB3 gives them: ``n_critics`` tensors ``(batch, 1)``.

@@ -1,7 +1,7 @@
-"""Langevin chains in compiled C: the whole chain in one call, for the package's own critics on a CPU.
+"""Compiled C for stacked perceptrons on a CPU: whole Langevin chains, and values with their gradients.
 
-``langevin.c`` is compiled on first use, in about two seconds, by the C compiler of the machine (``CC``, or ``cc``) and kept in the
-user's cache folder. Where there is none, or it fails, ``load()`` gives ``None`` and the chains run in torch.
+The C files beside this one are compiled on first use, in about three seconds, by the machine's C compiler (``CC``, or ``cc``), and
+kept in the user's cache folder. Where there is none, or it fails, ``load()`` gives ``None`` and everything runs in torch.
 """
 
 import ctypes
@@ -14,21 +14,24 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch as th
 from torch import nn
 
 from sb3_diffrl.lql.activations import Mish
-from sb3_diffrl.lql.critic import LangevinCritic, StackedLinear
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 
-SOURCE = Path(__file__).with_name("langevin.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c")]
+HEADER = Path(__file__).with_name("kernels.h")
 # No fast-math: NaN must stay NaN. Products and sums may be fused.
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
-MAX_HIDDEN = 16
+# The OpenMP that torch has loaded: a pool of threads beside torch's would fight it for the cores. Without it: one thread.
+OPENMP = "-fopenmp"
+MAX_HIDDEN, MAX_CRITICS = 16, 64
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 0, nn.Tanh: 1, nn.SiLU: 2, nn.Mish: 3, Mish: 3}
 # Chains below which a second thread costs more than it brings
 MIN_CHAINS_PER_THREAD = 8
@@ -37,14 +40,34 @@ _of_thread = threading.local()
 logger = logging.getLogger(__name__)
 
 
+def _longs(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_long) for name in names]
+
+
+def _ints(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_int) for name in names]
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
 class _Chain(ctypes.Structure):
     # struct chain of langevin.c
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("n_critics", "features_dim", "action_dim", "first_rows", "n_hidden", "n_levels")),
-        *((name, ctypes.c_long) for name in ("n_steps", "batch")),
-        *((name, ctypes.c_int) for name in ("activation", "normalize")),
-        *((name, ctypes.c_void_p) for name in ("widths", "weights", "biases", "level_terms", "drift_scales", "noise_scales")),
-        *((name, ctypes.c_void_p) for name in ("features", "noise", "actions")),
+        *_longs("n_critics", "features_dim", "action_dim", "first_rows", "n_hidden", "n_levels", "n_steps", "batch"),
+        *_ints("activation", "normalize"),
+        *_pointers("widths", "weights", "biases", "level_terms", "drift_scales", "noise_scales", "features", "noise", "actions"),
+    )
+
+
+class _Mlp(ctypes.Structure):
+    # struct mlp of stacked_mlp.c
+    _fields_ = (
+        *_longs("n_models", "batch", "n_layers"),
+        *_ints("activation", "shared_inputs"),
+        *_pointers("widths", "weights", "biases", "inputs", "saved", "outputs", "output_gradient", "weight_gradients"),
+        *_pointers("bias_gradients", "input_gradient"),
     )
 
 
@@ -64,7 +87,7 @@ def _cache_folder() -> Path:
 
 
 def compile_library() -> Path:
-    """Compile ``langevin.c`` unless the cache has it.
+    """Compile the C files unless the cache has them.
 
     :return: path of the shared library
     :raises OSError: if there is no compiler, or it fails
@@ -72,14 +95,18 @@ def compile_library() -> Path:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler `{compiler[0]}`")
-    build = [*compiler, *FLAGS]
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *build, _processor()]).encode()).hexdigest()[:20]
-    library = _cache_folder() / f"langevin-{key}.so"
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    key = hashlib.sha256("\0".join([*texts, *compiler, *FLAGS, OPENMP, _processor()]).encode()).hexdigest()[:20]
+    library = _cache_folder() / f"native-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            done = subprocess.run([*build, "-o", str(built), str(SOURCE), "-lm"], capture_output=True, text=True, check=False)
-            if done.returncode:
+            for flags in ([*FLAGS, OPENMP], FLAGS):
+                command = [*compiler, *flags, "-o", str(built), *map(str, SOURCES), "-lm"]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode == 0:
+                    break
+            else:
                 raise OSError(f"`{compiler[0]}` failed: {done.stderr.strip()[-500:]}")
             built.replace(library)  # in one step: another process may be looking
     return library
@@ -91,22 +118,15 @@ def load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(compile_library()))
     except (OSError, RuntimeError) as error:
-        logger.info("Langevin chains run in torch: %s", error)
+        logger.info("No compiled code, torch computes instead: %s", error)
         return None
-    library.langevin_packed_floats.restype = ctypes.c_long
-    library.langevin_packed_floats.argtypes = [ctypes.c_void_p]
-    library.langevin_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.langevin_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
+    for floats in (library.langevin_memory_floats, library.mlp_saved_floats, library.mlp_memory_floats):
+        floats.restype = ctypes.c_long
+    library.langevin_memory_floats.argtypes = [ctypes.c_void_p, ctypes.c_long]
+    library.mlp_saved_floats.argtypes = library.mlp_memory_floats.argtypes = [ctypes.c_void_p]
+    for function in (library.langevin_run, library.mlp_forward, library.mlp_backward):
+        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
     return library
-
-
-@cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
-    # Threads of Python's, which C releases from the lock: a second OpenMP runtime beside torch's would fight it for the cores.
-    return ThreadPoolExecutor(n_threads, thread_name_prefix="langevin")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @cache
@@ -124,58 +144,54 @@ def _memory(n_floats: int) -> th.Tensor:
     return memory
 
 
-def supports(critic: nn.Module) -> bool:
-    """Whether the compiled chain computes this critic: the package's own (a subclass may compute something else), on a CPU."""
-    return (
-        type(critic) is LangevinCritic
-        and type(critic.activation) in ACTIVATIONS
-        and 1 < len(critic.layers) <= MAX_HIDDEN + 1
-        and critic.layers[0].weight.device.type == "cpu"
-        and critic.layers[0].weight.dtype == th.float32
-    )
+def _pointer_array(tensors: Sequence[th.Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def sample(sampler: LangevinSampler, critic: LangevinCritic, features: th.Tensor, draws: ChainDraws) -> th.Tensor:
-    """``sampler.sample()`` on the gradient of the critics' sum, in compiled C.
+def _long_array(numbers: Sequence[int]) -> Any:
+    return (ctypes.c_long * len(numbers))(*numbers)
+
+
+def sample(
+    sampler: LangevinSampler,
+    activation: type[nn.Module],
+    weights: Sequence[th.Tensor],
+    biases: Sequence[th.Tensor],
+    level_terms: th.Tensor | None,
+    features: th.Tensor,
+    draws: ChainDraws,
+) -> th.Tensor:
+    """``sampler.sample()`` on the gradient of the critics' sum.
 
     What a chain does depends on its own features, start and noise alone, to the last bit.
 
-    :param critic: a critic that ``supports()`` accepts
-    :param features: features of the observations, ``(batch, features_dim)``
+    :param activation: one of ``ACTIVATIONS``
+    :param weights: of each layer, float32, ``(n_critics, in, out)``; the rows of the first are features, action, anything else
+    :param biases: of each layer, ``(n_critics, 1, out)``
+    :param level_terms: what each noise level adds to the first layer, ``(n_critics, n_levels, width)``
+    :param features: ``(batch, features_dim)``
     :param draws: start and noise of ``batch`` chains
     :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
     """
     library = load()
     assert library is not None, "no compiled library: see `load()`"
-    layers = [layer for layer in critic.layers if isinstance(layer, StackedLinear)]
-    weights, biases = (
-        [part.detach().contiguous() for part in parts] for parts in zip(*((x.weight, x.bias) for x in layers), strict=True)
-    )
-    level_terms = None
-    if critic.level_embedding is not None:
-        embedding = critic.level_embedding(th.arange(critic.n_levels)).detach()
-        # (n_critics, n_levels, 16) x (n_critics, 16, width)
-        level_terms = th.bmm(embedding, weights[0][:, critic.features_dim + critic.action_dim :])
+    weights, biases = ([tensor.detach().contiguous() for tensor in tensors] for tensors in (weights, biases))
     scales = _scales(sampler)
     features, noise, actions = features.float().contiguous(), draws.noise.float().contiguous(), draws.start.float().clone()
     widths = [weight.shape[2] for weight in weights[:-1]]
-    arrays = (
-        (ctypes.c_long * len(widths))(*widths),
-        (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)),
-        (ctypes.c_void_p * len(biases))(*(bias.data_ptr() for bias in biases)),
-    )
+    arrays = (_long_array(widths), _pointer_array(weights), _pointer_array(biases))
     chain = _Chain(
-        critic.n_critics,
-        critic.features_dim,
-        critic.action_dim,
+        len(weights[0]),
+        features.shape[1],
+        actions.shape[1],
         weights[0].shape[1],
         len(widths),
         sampler.n_levels,
         sampler.n_steps,
         len(features),
-        ACTIVATIONS[type(critic.activation)],
+        ACTIVATIONS[activation],
         sampler.normalize_grad,
-        *(ctypes.addressof(array) for array in arrays),
+        *map(ctypes.addressof, arrays),
         None if level_terms is None else level_terms.data_ptr(),
         scales[0].data_ptr(),
         scales[1].data_ptr(),
@@ -183,19 +199,67 @@ def sample(sampler: LangevinSampler, critic: LangevinCritic, features: th.Tensor
         noise.data_ptr(),
         actions.data_ptr(),
     )
-    packed = _memory(library.langevin_packed_floats(ctypes.byref(chain)))
-    library.langevin_pack(ctypes.byref(chain), packed.data_ptr())
-    _run(library, chain, packed)
+    n_threads = max(1, min(th.get_num_threads(), len(features) // MIN_CHAINS_PER_THREAD))
+    memory = _memory(library.langevin_memory_floats(ctypes.byref(chain), n_threads))
+    library.langevin_run(ctypes.byref(chain), memory.data_ptr(), n_threads)
     return actions
 
 
-def _run(library: ctypes.CDLL, chain: _Chain, packed: th.Tensor) -> None:
-    n_threads = max(1, min(th.get_num_threads(), chain.batch // MIN_CHAINS_PER_THREAD))
-    bounds = [chain.batch * i // n_threads for i in range(n_threads + 1)]
-    arguments = [(ctypes.byref(chain), packed.data_ptr(), *bounds[i : i + 2]) for i in range(n_threads)]
-    others = [_pool(n_threads - 1).submit(library.langevin_run, *of_thread) for of_thread in arguments[1:]]
-    failed = library.langevin_run(*arguments[0])
-    # All must end before the memory they work on goes
-    failures = [failed, *(other.result() for other in others)]
-    if any(failures):
-        raise MemoryError(f"no memory for {chain.batch} Langevin chains")
+class _StackedMlp(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: type[nn.Module], inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        library = load()
+        assert library is not None, "no compiled library: see `load()`"
+        weights = [weight.detach().contiguous() for weight in parameters[::2]]
+        biases = [bias.detach().contiguous() for bias in parameters[1::2]]
+        inputs = inputs.detach().contiguous()
+        n_models, batch = len(weights[0]), inputs.shape[-2]
+        outputs = th.empty(n_models, batch, weights[-1].shape[2])
+        widths = [weights[0].shape[1], *(weight.shape[2] for weight in weights)]
+        arrays = [_long_array(widths), _pointer_array(weights), _pointer_array(biases)]
+        pointers = [*map(ctypes.addressof, arrays), inputs.data_ptr()]
+        mlp = _Mlp(n_models, batch, len(weights), ACTIVATIONS[activation], inputs.ndim == 2, *pointers)
+        saved = th.empty(library.mlp_saved_floats(ctypes.byref(mlp)))
+        mlp.saved, mlp.outputs = saved.data_ptr(), outputs.data_ptr()
+        memory = _memory(library.mlp_memory_floats(ctypes.byref(mlp)))
+        library.mlp_forward(ctypes.byref(mlp), memory.data_ptr(), min(th.get_num_threads(), n_models))
+        # The struct points into all of these
+        ctx.mlp, ctx.kept = mlp, (weights, biases, inputs, saved, arrays)
+        return outputs
+
+    @staticmethod
+    @th.autograd.function.once_differentiable
+    def backward(ctx: Any, output_gradient: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        library, mlp = load(), ctx.mlp
+        assert library is not None
+        weights, biases, inputs, *_ = ctx.kept
+        output_gradient = output_gradient.contiguous()
+        gradients = [th.empty_like(tensor) for tensor in (*weights, *biases)]
+        weight_gradients, bias_gradients = gradients[: len(weights)], gradients[len(weights) :]
+        input_gradient = th.empty(mlp.n_models, *inputs.shape[-2:]) if ctx.needs_input_grad[1] else None
+        arrays = [_pointer_array(weight_gradients), _pointer_array(bias_gradients)]
+        mlp.output_gradient = output_gradient.data_ptr()
+        mlp.weight_gradients, mlp.bias_gradients = map(ctypes.addressof, arrays)
+        mlp.input_gradient = None if input_gradient is None else input_gradient.data_ptr()
+        memory = _memory(library.mlp_memory_floats(ctypes.byref(mlp)))
+        library.mlp_backward(ctypes.byref(mlp), memory.data_ptr(), min(th.get_num_threads(), mlp.n_models))
+        if input_gradient is not None and mlp.shared_inputs:
+            input_gradient = input_gradient.sum(0)
+        parameters = [gradient for pair in zip(weight_gradients, bias_gradients, strict=True) for gradient in pair]
+        return (None, input_gradient, *parameters)
+
+
+def stacked_mlp(
+    activation: type[nn.Module], inputs: th.Tensor, weights: Sequence[th.Tensor], biases: Sequence[th.Tensor]
+) -> th.Tensor:
+    """Independent perceptrons on one batch; differentiable once.
+
+    :param activation: one of ``ACTIVATIONS``, after every layer but the last
+    :param inputs: float32, ``(batch, in)`` for all models, or ``(n_models, batch, in)``
+    :param weights: of each layer, ``(n_models, in, out)``
+    :param biases: of each layer, ``(n_models, 1, out)``
+    :return: ``(n_models, batch, out)``
+    """
+    parameters = [parameter for pair in zip(weights, biases, strict=True) for parameter in pair]
+    outputs: th.Tensor = _StackedMlp.apply(activation, inputs, *parameters)  # type: ignore[no-untyped-call]
+    return outputs

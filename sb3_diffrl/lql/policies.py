@@ -17,7 +17,6 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffrl.common import unscale_action
-from sb3_diffrl.lql import native
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
@@ -110,7 +109,7 @@ class LangevinPolicy(BasePolicy):
     def make_critic(self) -> LangevinCritic:
         """Build the critics, a ``critic_class`` with its own features extractor."""
         extractor = self.make_features_extractor()
-        return self.critic_class(
+        critic = self.critic_class(
             self.observation_space,
             self.action_space,  # type: ignore[arg-type]
             net_arch=get_actor_critic_arch(self.net_arch)[1],
@@ -122,6 +121,8 @@ class LangevinPolicy(BasePolicy):
             n_levels=self.sampler.n_levels,
             reward_scale=self.reward_scale,
         )
+        critic.use_native = self.backend in ("auto", "native")
+        return critic
 
     @property
     def actor(self) -> "LangevinPolicy":
@@ -230,23 +231,22 @@ class LangevinPolicy(BasePolicy):
     def chain_backend(self) -> Literal["native", "torch", "autograd"]:
         """What computes the chains, the fastest that the critics allow unless ``backend`` says otherwise.
 
-        ``"native"``: compiled C, for the package's own critics on a CPU; ``"torch"``: hand-written gradient, for the same critics
-        on any device; ``"autograd"``: automatic gradient, for any critic.
+        ``"native"``: compiled C, for the package's own critics on a CPU, which then train in it, too; ``"torch"``: hand-written
+        gradient, for the same critics on any device; ``"autograd"``: automatic gradient, for any critic.
 
         :raises RuntimeError: if ``backend`` asks for one that cannot be had
         """
-        usable = {"native": native.supports(self.critic), "torch": StackedMlpQGradient.supports(self.critic), "autograd": True}
+        usable = {"native": self.critic.can_compile, "torch": StackedMlpQGradient.supports(self.critic), "autograd": True}
         if self.backend == "auto":
-            usable["native"] = usable["native"] and native.load() is not None
             return next(name for name in ("native", "torch", "autograd") if usable[name])
-        if not usable[self.backend] or (self.backend == "native" and native.load() is None):
+        if not usable[self.backend]:
             raise RuntimeError(f'`backend={self.backend!r}` cannot compute this critic here; use `backend="auto"`.')
         return self.backend
 
     def _chains(self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None) -> th.Tensor:
         backend = self.chain_backend
         if backend == "native":
-            return native.sample(self.sampler, self.critic, features, draws)
+            return self.critic.sample(self.sampler, features, draws)
         if backend == "torch":
             return self.sampler.sample(StackedMlpQGradient(self.critic, features, dtype), draws).to(features.dtype)
         return self.sampler.sample(AutogradQGradient(self.critic, features), draws)
