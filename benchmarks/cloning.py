@@ -4,7 +4,7 @@
 
 The dataset must be on disk (`python -m sb3_diffrl.offline.make sb3-diffrl/halfcheetah/expert-v0`). Writes
 ``results/cloning/<env>-<tier>-s<seed>.csv`` (a row an evaluated episode, actions drawn), ``...-deterministic.csv`` (the
-fixed-noise chain), and a ``.json``.
+fixed-noise chain), and a ``.json`` each.
 """
 
 import argparse
@@ -18,13 +18,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch as th
 from learning import Evaluation
 from provenance import metadata
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_diffrl import DiffusionBC, OfflineDataset
 from sb3_diffrl.common import CosineSchedule
 
 RESULTS = Path(__file__).parent / "results" / "cloning"
 # Chosen on seed 1000
-SETTINGS: dict[str, Any] = {"batch_size": 256, "ema_decay": 0.995, "policy_kwargs": {"net_arch": [256, 256, 256]}}
+SETTINGS: dict[str, Any] = {
+    "batch_size": 256,
+    "ema_decay": 0.995,
+    "prediction_type": "sample",
+    "policy_kwargs": {"net_arch": [256, 256, 256]},
+}
 LEARNING_RATE = 1e-3
 
 
@@ -36,7 +42,6 @@ def main() -> None:
     parser.add_argument("--eval-freq", type=int, default=20_000)
     parser.add_argument("--eval-episodes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--save-model", type=Path, help="where to save the trained model")
     args = parser.parse_args()
 
     th.set_num_threads(1)
@@ -57,13 +62,17 @@ def main() -> None:
         "steps": dataset.n_steps,
         "provenance": dataset.sources[0].storage.metadata.get("provenance"),
     }
-    (args.out / f"{name}.json").write_text(json.dumps(described, indent=2) + "\n")
     model = DiffusionBC(
         "MlpPolicy", dataset=dataset, learning_rate=CosineSchedule(LEARNING_RATE), seed=args.seed, device="cpu", **SETTINGS
     )
-    model.learn(
-        args.steps, Evaluation(args.out / f"{name}.csv", dataset.env_spec.id, args.seed, args.eval_freq, args.eval_episodes)
-    )
+    evaluations: list[BaseCallback] = []
+    for rule, deterministic in (("", False), ("-deterministic", True)):
+        path = args.out / f"{name}{rule}.csv"
+        path.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+        evaluations.append(
+            Evaluation(path, dataset.env_spec.id, args.seed, args.eval_freq, args.eval_episodes, deterministic=deterministic)
+        )
+    model.learn(args.steps, evaluations)
 
 
 if __name__ == "__main__":

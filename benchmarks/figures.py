@@ -163,7 +163,7 @@ def cloning_table() -> str:
     lines = ["| dataset | its mean return | actions | DiffusionBC, each seed | mean, 95% interval | of the data's |"]
     lines += ["|---|---|---|---|---|---|"]
     runs: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted((RESULTS / "cloning").glob("*.json")):
+    for path in sorted((RESULTS / "cloning").glob("*-s[0-9].json")):
         runs[json.loads(path.read_text())["arguments"]["dataset"]].append(path)
     for dataset, paths in runs.items():
         data = json.loads(paths[0].read_text())["data"]["mean_return"]
@@ -188,6 +188,18 @@ def makers_table() -> str:
     return "\n".join([*lines, "", "Means and 95% intervals over episodes; `python benchmarks/makers.py`."]) + "\n"
 
 
+def references_table() -> str:
+    """The package's own random and expert references, with where they come from."""
+    references = json.loads((ROOT / "sb3_diffrl" / "offline" / "references.json").read_text())
+    lines = ["| env | reference | mean return | episodes | measured with |", "|---|---|---|---|---|"]
+    for env, kinds in references.items():
+        for kind, entry in kinds.items():
+            versions = entry.get("versions", {})
+            measured = ", ".join(f"{name} {versions[name]}" for name in ("gymnasium", "mujoco") if name in versions)
+            lines.append(f"| {env} | {kind} | {entry['mean_return']:.1f} | {entry.get('n_episodes', '')} | {measured} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     TABLES.mkdir(parents=True, exist_ok=True)
@@ -206,6 +218,7 @@ def main() -> None:
     for name, source, table in tables:
         if (RESULTS / source).exists():
             (TABLES / f"{name}.md").write_text(table())
+    (TABLES / "references.md").write_text(references_table())
 
 
 if __name__ == "__main__":
