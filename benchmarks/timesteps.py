@@ -3,14 +3,15 @@
     python benchmarks/timesteps.py run [--samplers uniform adaptive ...] [--seeds 0 1 2 3 4] [--steps 12000]
     python benchmarks/timesteps.py table
 
-`run` trains a diffusion model (T = 1000) for every sampler and seed and writes one CSV each to `results/timesteps/`, a row an evaluation;
-runs whose file is there are left out, so that an interrupted command goes on when it is given again. `table` makes `table.csv` of
-them: steps and seconds to the bound that uniform reaches at its end (per seed, and in the mean), the final bound, the Fréchet distance
-of samples in the features of a small digit classifier, each with a 95% interval over the seeds.
+`run` trains a diffusion model (T = 1000) for every sampler and seed and writes one CSV each to `results/timesteps/`, a row an
+evaluation; runs whose file is there are left out, so that an interrupted command goes on when it is given again. `table` makes
+`table.csv` of them: steps and seconds to the bound that uniform reaches at its end (per seed, and in the mean), the final bound,
+the Fréchet distance of samples in the features of a small digit classifier, each with a 95% interval over the seeds.
 
-The bound is that of the averaged weights, in bits per dimension, on 360 held-out images, with noise that is the same in all runs: every
-one of the first 32 times on all the images, of the other times each on a sixteenth of them. Seconds are the process's own on one thread
-(`time.process_time`), so that other work on the machine counts little; the clock's are beside them. Evaluations are not counted.
+The bound is that of the averaged weights, in bits per dimension, on 360 held-out images, with noise that is the same in all runs:
+every one of the first 32 times on all the images, of the other times each on a sixteenth of them. Seconds are the process's own on
+one thread (`time.process_time`), so that other work on the machine counts little; the clock's are beside them. Evaluations are not
+counted.
 
 `--set '{"learning_rate": 0.003}'` with `--label name` runs the adaptive sampler with other arguments.
 """
@@ -89,7 +90,8 @@ class Fleet:
 
         time_ = self.process.schedule.network_time(t)
         output = th.vmap(one)(self.weights, self.buffers, x_t.view(n, -1, *x_t.shape[1:]), time_.view(n, -1))
-        return output.reshape(x_t.shape)
+        stacked: th.Tensor = output.reshape(x_t.shape)
+        return stacked
 
     def denoiser(self, run: int, average: bool) -> Denoise:
         source = self.average if average else self.weights
@@ -138,7 +140,7 @@ class HeldOutBound:
     @th.no_grad()
     def per_time(self, denoise: Denoise) -> th.Tensor:
         """Terms, the mean over images, ``(T,)``."""
-        parts = zip(self.rows.split(4096), self.t.split(4096), self.noise.split(4096), strict=True)
+        parts = zip(*(th.split(x, 4096) for x in (self.rows, self.t, self.noise)), strict=True)
         terms = th.cat([self.process.bound_terms(denoise, self.x0[rows], t, noise) for rows, t, noise in parts])
         return th.zeros(N_TIMES, dtype=th.float64).index_add_(0, self.t, terms.double() * self.share)
 

@@ -111,7 +111,11 @@ def test_weighted_losses_of_one_denoiser_are_the_same_for_each_prediction_type(w
         noise_hat = noise + 0.1 * error
         x0_hat = (x_t - model.schedule.sigma(t)[:, None] * noise_hat) / model.schedule.alpha(t)[:, None]
         output = model.target(x0_hat, noise_hat, t)
-        losses.append(weighting(model, t) * model.denoising_loss(lambda x_t, t, output=output: output, x0, t, noise))
+
+        def denoise(x_t: th.Tensor, t: th.Tensor, output: th.Tensor = output) -> th.Tensor:
+            return output
+
+        losses.append(weighting(model, t) * model.denoising_loss(denoise, x0, t, noise))
     th.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-9)
     th.testing.assert_close(losses[2], losses[0], rtol=1e-4, atol=1e-9)
 
