@@ -1,0 +1,167 @@
+"""Time of the planner's updates and of one env step, for this package and (optionally) CleanDiffuser's Diffusion Veteran.
+
+    python benchmarks/planning_speed.py --cleandiffuser-python VENV/bin/python --cleandiffuser-dir CLONE
+
+Same sizes, those of the papers: width 256, depth 2, batch 128, 20 denoising steps a plan and 10 an action. ``mujoco``: 17
+observations, 6 actions, horizon 4; ``maze``: 4 observations, 2 actions, horizon 32. Two threads; random data. ``plan`` is one
+plan and its action, ``mcss`` the same with 50 candidates, ``update`` a gradient step of planner, critic and inverse dynamics.
+``pg`` and ``plan of 16`` are the package's alone: an action of Prior Guidance, and a plan and an action for each of 16 envs at
+once. ``cpu`` is the `cpu` preset of the mazes, on one thread. Run it while nothing else runs; quote the ratios.
+
+CleanDiffuser is https://github.com/CleanDiffuserTeam/CleanDiffuser; its environment needs torch, einops and torchvision. Writes
+``results/planning_speed.csv`` (a row a round, contestant and task) and ``planning_speed.json``.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from contest import Task, measure, serve, write
+
+SIZES = {"mujoco": (17, 6, 4, 32), "maze": (4, 2, 32, 64)}  # observations, actions, horizon, size of a head
+WIDTH, BATCH, CANDIDATES, THREADS = 256, 128, 50, 2
+PLAN_STEPS, ACTION_STEPS = 20, 10
+
+
+def own_model(obs_dim: int, action_dim: int, horizon: int, **settings: Any) -> Any:
+    import numpy as np
+    from gymnasium import spaces
+
+    from sb3_diffrl import OfflineDataset
+    from sb3_diffrl.pg import PG
+
+    n_episodes, length = 50, 200
+    n = n_episodes * length
+    rng = np.random.default_rng(0)
+    dataset = OfflineDataset(
+        rng.normal(size=(n + n_episodes, obs_dim)).astype(np.float32),
+        rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        rng.normal(size=n).astype(np.float32),
+        np.zeros(n, bool),
+        np.arange(1, n + 1) % length == 0,
+        np.arange(0, n + 1, length),
+        spaces.Box(-9, 9, (obs_dim,)),
+        spaces.Box(-1, 1, (action_dim,)),
+    )
+    return PG("MlpPolicy", dataset=dataset, seed=0, device="cpu", horizon=horizon, **settings)
+
+
+def own_tasks(preset: str) -> dict[str, Task]:
+    import numpy as np
+    import torch as th
+
+    from sb3_diffrl.planner import PRESETS
+
+    th.set_num_threads(1 if preset == "cpu" else THREADS)
+    if preset == "cpu":
+        obs_dim, settings = 4, dict(PRESETS["pointmaze"]["cpu"])
+        model = own_model(obs_dim, 2, settings.pop("horizon"), **settings)
+    else:
+        obs_dim, action_dim, horizon, head_dim = SIZES[preset]
+        policy_kwargs = {"d_model": WIDTH, "head_dim": head_dim}
+        model = own_model(obs_dim, action_dim, horizon, policy_kwargs=policy_kwargs, batch_size=BATCH)
+    obs = np.random.default_rng(1).normal(size=(16, obs_dim)).astype(np.float32)
+
+    def predict(guidance: str, n: int) -> Task:
+        def task() -> None:
+            model.guidance = guidance
+            model.predict(obs[:n])
+
+        return task
+
+    tasks = {"plan": predict("none", 1), "mcss": predict("mcss", 1), "pg": predict("pg", 1), "plan of 16": predict("none", 16)}
+    tasks["update"] = model.update
+    return {f"{preset} {name}": task for name, task in tasks.items()}
+
+
+def cleandiffuser_tasks(preset: str, folder: str) -> dict[str, Task]:
+    sys.path.insert(0, folder)
+    import torch as th
+    from cleandiffuser.diffusion import ContinuousDiffusionSDE, DiscreteDiffusionSDE
+    from cleandiffuser.nn_condition import IdentityCondition
+    from cleandiffuser.nn_diffusion import DiT1d, DVInvMlp
+    from cleandiffuser.utils import DVHorizonCritic
+
+    th.set_num_threads(THREADS)
+    obs_dim, action_dim, horizon, head_dim = SIZES[preset]
+    heads = WIDTH // head_dim
+    fixed = th.zeros(horizon, obs_dim)
+    fixed[0] = 1
+    network = DiT1d(obs_dim, emb_dim=128, d_model=WIDTH, n_heads=heads, depth=2, timestep_emb_type="fourier")
+    planner = ContinuousDiffusionSDE(network, None, fix_mask=fixed, ema_rate=0.9999, device="cpu", noise_schedule="linear")
+    critic = DVHorizonCritic(obs_dim, emb_dim=128, d_model=WIDTH, n_heads=heads, depth=2, norm_type="pre")
+    optimizer = th.optim.Adam(critic.parameters(), lr=3e-4)
+    limits = {"x_max": th.ones(1, action_dim), "x_min": -th.ones(1, action_dim)}
+    policy = DiscreteDiffusionSDE(
+        DVInvMlp(obs_dim, action_dim, emb_dim=64, hidden_dim=256, timestep_emb_type="positional"),
+        IdentityCondition(dropout=0.0),
+        optim_params={"lr": 3e-4},
+        diffusion_steps=ACTION_STEPS,
+        ema_rate=0.995,
+        device="cpu",
+        **limits,
+    )
+    windows, values = th.randn(BATCH, horizon, obs_dim), th.randn(BATCH, 1)
+    actions, pairs = th.rand(BATCH, action_dim) * 2 - 1, th.randn(BATCH, 2 * obs_dim)
+
+    def update() -> None:
+        planner.update(windows)
+        loss = th.nn.functional.mse_loss(critic(windows), values)
+        loss.item()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        policy.update(actions, pairs)
+
+    def act(n_candidates: int) -> Task:
+        prior, obs = th.zeros(n_candidates, horizon, obs_dim), th.randn(1, obs_dim)
+        prior[:, 0] = obs
+
+        def task() -> None:
+            plans, _ = planner.sample(prior, solver="ddim", n_samples=n_candidates, sample_steps=PLAN_STEPS, w_cfg=1.0)
+            with th.no_grad():
+                best = plans[critic(plans)[:, 0].argmax()] if n_candidates > 1 else plans[0]
+            pair = th.cat([obs, best[1][None]], dim=1)
+            start = th.zeros(1, action_dim)
+            policy.sample(
+                start, solver="ddpm", n_samples=1, sample_steps=ACTION_STEPS, condition_cfg=pair, w_cfg=1.0, temperature=0.5
+            )
+
+        return task
+
+    return {f"{preset} plan": act(1), f"{preset} mcss": act(CANDIDATES), f"{preset} update": update}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cleandiffuser-python", help="interpreter of CleanDiffuser's environment")
+    parser.add_argument("--cleandiffuser-dir", default="", help="clone of CleanDiffuser's repository")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        name, preset = args.worker
+        serve(own_tasks(preset) if name == "sb3_diffrl" else cleandiffuser_tasks(preset, args.cleandiffuser_dir))
+        return
+    pythons = {"sb3_diffrl": sys.executable}
+    if args.cleandiffuser_python:
+        pythons["cleandiffuser"] = args.cleandiffuser_python
+    rows = []
+    for preset in (*SIZES, "cpu"):
+        commands = {
+            name: [python, __file__, "--worker", name, preset, "--cleandiffuser-dir", args.cleandiffuser_dir]
+            for name, python in pythons.items()
+            if name == "sb3_diffrl" or preset in SIZES
+        }
+        both, ours = tuple(pythons), ("sb3_diffrl",)
+        tasks = [("plan", 10, both), ("mcss", 2, both), ("update", 2, both), ("pg", 10, ours), ("plan of 16", 5, ours)]
+        rows += measure(commands, [(f"{preset} {task}", count, names) for task, count, names in tasks], args.rounds, THREADS)
+    command = "python benchmarks/planning_speed.py"
+    if args.cleandiffuser_python:
+        command += " --cleandiffuser-python PYTHON --cleandiffuser-dir CLONE"
+    arguments = {"threads": THREADS, "rounds": args.rounds, "batch": BATCH, "width": WIDTH}
+    write("planning_speed", rows, "sb3_diffrl", arguments, command, {})
+
+
+if __name__ == "__main__":
+    main()
