@@ -105,7 +105,7 @@ def test_values_of_windows_go_on_after_a_truncation() -> None:
 def test_a_state_that_lasts_is_worth_the_same_whenever_it_is_visited() -> None:
     for pad in ("last", "none"):
         dataset = make_dataset(rewards=np.full(14, 3.0))
-        np.testing.assert_allclose(values(dataset, SETTINGS._replace(pad=pad)), 30.0, rtol=1e-5)  # type: ignore[arg-type]
+        np.testing.assert_allclose(values(dataset, SETTINGS._replace(pad=pad)), 30.0, rtol=1e-5)
 
 
 def test_the_reward_of_a_termination_can_be_replaced() -> None:
@@ -336,7 +336,7 @@ def test_a_saved_model_plans_as_before(tmp_path: Path) -> None:
     loaded.guidance = "cg"
     assert loaded.plan(obs).shape == (3, 4, 2)
     other = make_planner(train_for=("cg",), seed=1)
-    other.set_parameters(model.get_parameters())  # type: ignore[arg-type]
+    other.set_parameters(model.get_parameters())
     assert_same(other.policy.state_dict(), model.policy.state_dict())
 
 
@@ -397,7 +397,34 @@ def test_presets_fit_the_domains_they_are_for(domain: Any, env_id: str, tmp_path
     env = model.get_env()
     assert env is not None
     obs = env.reset()
-    assert model.plan(obs).shape == (1, preset["horizon"], model.policy.obs_dim)  # type: ignore[arg-type]
-    env.step(model.predict(obs)[0])  # type: ignore[arg-type]
+    assert model.plan(obs).shape == (1, preset["horizon"], model.policy.obs_dim)
+    env.step(model.predict(obs)[0])
     for size in PRESETS[domain].values():
         assert set(size) <= set(vars(model)) | {"learning_rate", "policy_kwargs"}
+
+
+@pytest.mark.parametrize("name", ["speed", "loss_second_moment", "adaptive+min_snr"])
+def test_timestep_samplers_serve_the_planner_and_the_inverse_dynamics(name: str, tmp_path: Path) -> None:
+    from sb3_diffrl.timesteps import AdaptiveTimestepSampler, LossSecondMomentSampler
+
+    quick = {"adaptive+min_snr": AdaptiveTimestepSampler(update_frequency=2, weighting="min_snr")}
+    quick["loss_second_moment"] = LossSecondMomentSampler(history=1)
+    dataset = make_dataset(lengths=(20, 30))
+    model = make_planner(dataset, train_for=("cfg",), timestep_sampler=quick.get(name, name))
+    samplers = model.policy.timestep_sampler, model.policy.action_timestep_sampler
+    owned = {id(parameter) for group in model.policy.optimizer.param_groups for parameter in group["params"]}
+    assert not owned & {id(parameter) for sampler in samplers for parameter in sampler.parameters()}
+    metrics = [model.update() for _ in range(6)]
+    if name.startswith("adaptive"):
+        assert {"planner_reward", "action_reward"} <= set(metrics[1])
+    model.save(tmp_path / "model")
+    loaded = DiffusionPlanner.load(tmp_path / "model", device="cpu")
+    loaded.set_dataset(dataset)
+    for each in (model, loaded):
+        each.update()
+    tensors = [
+        {key: value for key, value in each.policy.state_dict().items() if isinstance(value, th.Tensor)} for each in (model, loaded)
+    ]
+    assert_same(*tensors)
+    assert model.policy.timestep_sampler.sample(model.sample_batch().windows).t.dtype == th.float32
+    assert model.policy.action_timestep_sampler.sample(model.sample_batch().actions).t.dtype == th.int64

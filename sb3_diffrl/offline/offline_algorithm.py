@@ -20,7 +20,7 @@ from sb3_diffrl.common import NonFiniteError, check_count, check_scalable
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.policies import OfflinePolicy
 from sb3_diffrl.offline.reading import DatasetSource
-from sb3_diffrl.offline.spaces import check_same_spaces
+from sb3_diffrl.offline.spaces import FlattenObservation, check_same_spaces, is_nested
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
 
@@ -188,8 +188,11 @@ class OfflineAlgorithm(BaseAlgorithm, ABC):
         self._take_env(env)
 
     def _take_env(self, env: GymEnv | str) -> None:
-        wrapped = self._wrap_env(gym.make(env) if isinstance(env, str) else env, self.verbose)
-        env_spaces = [wrapped.observation_space, wrapped.action_space]
+        env = gym.make(env) if isinstance(env, str) else env
+        env_spaces = [env.observation_space, env.action_space]
+        if isinstance(env, gym.Env) and is_nested(env.observation_space):
+            env = FlattenObservation(env)
+        wrapped = self._wrap_env(env, self.verbose)
         if unwrap_vec_normalize(wrapped) is not None:
             raise ValueError("The model standardises observations by the dataset's statistics: give the env without VecNormalize.")
         if wrapped.num_envs > 1:

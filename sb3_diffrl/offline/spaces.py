@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -39,11 +40,13 @@ class ObservationFlattener:
         """Flatten one observation or a batch.
 
         :param observations: an observation, or observations stacked along the first axis of each array, as Minari and SB3's
-            vectorised environments give them
+            vectorised environments give them; or what has been flattened already
         :param batched: which of the two
         :return: float32, ``(batch, dim)``; the batch is 1 for one observation
         :raises ValueError: if a discrete value is not in its space
         """
+        if self._is_flat(observations):
+            return np.asarray(observations, np.float32).reshape(-1, self.dim)
         if not batched:
             observations = _add_axis(self._flat_space, observations)
         out = np.empty((_batch_size(self._flat_space, observations), self.dim), np.float32)
@@ -60,11 +63,40 @@ class ObservationFlattener:
 
     def is_batched(self, observations: Any) -> bool:
         """Whether these are stacked observations rather than one, by the number of axes of their first array."""
+        if self._is_flat(observations):
+            return np.ndim(observations) > 1
         space = self._flat_space
         while isinstance(space, (spaces.Dict, spaces.Tuple)):
             key: Any = next(iter(space.spaces)) if isinstance(space, spaces.Dict) else 0
             space, observations = space[key], observations[key]
         return np.ndim(observations) > len(space.shape or ())
+
+    def _is_flat(self, observations: Any) -> bool:
+        return isinstance(self._flat_space, spaces.Dict) and isinstance(observations, np.ndarray)
+
+
+class FlattenObservation(gym.ObservationWrapper[np.ndarray, Any, Any]):
+    """Gives an environment's observations as vectors, see ``ObservationFlattener``.
+
+    SB3's vectorised environments do not take a dictionary within a dictionary (FrankaKitchen's goals).
+
+    :param env: environment
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.flatten = ObservationFlattener(env.observation_space)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (self.flatten.dim,))
+
+    def observation(self, observation: Any) -> np.ndarray:
+        """``(dim,)``, float32"""
+        vector: np.ndarray = self.flatten(observation, batched=False)[0]
+        return vector
+
+
+def is_nested(space: spaces.Space[Any]) -> bool:
+    """Whether a dictionary holds a dictionary or a tuple."""
+    return isinstance(space, spaces.Dict) and any(isinstance(part, (spaces.Dict, spaces.Tuple)) for part in space.values())
 
 
 def _dim(space: spaces.Space[Any]) -> int:

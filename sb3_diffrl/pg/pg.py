@@ -19,6 +19,7 @@ from sb3_diffrl.planner.data import Pad
 from sb3_diffrl.planner.diffusion_planner import DiffusionPlanner
 from sb3_diffrl.planner.guidance import GuidanceName, TrainedGuidance
 from sb3_diffrl.planner.policies import CriticName
+from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 SelfPG = TypeVar("SelfPG", bound="PG")
 
@@ -94,6 +95,7 @@ class PG(DiffusionPlanner):
         num_action_steps: int = 10,
         temperature: float = 0.5,
         ema_decay: float = 0.9999,
+        timestep_sampler: str | TimestepSampler = "uniform",
         planner: DiffusionPlanner | str | Path | None = None,
         planner_fraction: float = 0.5,
         alpha: float = 0.01,
@@ -140,6 +142,7 @@ class PG(DiffusionPlanner):
             num_action_steps,
             temperature,
             ema_decay,
+            timestep_sampler,
             _init_setup_model=False,
         )
         if isinstance(planner, (str, Path)):
@@ -190,7 +193,9 @@ class PG(DiffusionPlanner):
     def _take_weights(self, planner: DiffusionPlanner) -> None:
         # The prior's networks and what else is PG's own stay as they are.
         own = self.policy.state_dict()
-        theirs = {name: value for name, value in planner.policy.state_dict().items() if name in own}
+        shared = {name: value for name, value in planner.policy.state_dict().items() if name in own}
+        # A timestep sampler has done its work.
+        theirs = {name: value for name, value in shared.items() if "timestep_sampler" not in name}
         others = [name for name, value in theirs.items() if value.shape != own[name].shape]
         if others:
             raise ValueError(

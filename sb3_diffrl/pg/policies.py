@@ -12,6 +12,7 @@ from torch import nn
 from sb3_diffrl.common import check_count
 from sb3_diffrl.planner.guidance import Guidance, GuidanceName, TrainedGuidance
 from sb3_diffrl.planner.policies import CriticName, HorizonCritic, PlannerPolicy
+from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 # Bound of the squashed latent.
@@ -117,6 +118,7 @@ class PGPolicy(PlannerPolicy):
         cg_scale: float = 10.0,
         cfg_scale: float = 2.0,
         cfg_target: float = 1.0,
+        timestep_sampler: str | TimestepSampler = "uniform",
         squash: bool = False,
     ) -> None:
         self.prior_width, self.squash = check_count("prior_width", prior_width), squash
@@ -145,6 +147,7 @@ class PGPolicy(PlannerPolicy):
             cg_scale,
             cfg_scale,
             cfg_target,
+            timestep_sampler,
         )
         self.prior, self.prior_target = (GaussianPrior(self.obs_dim, self.latent_shape, prior_width) for _ in range(2))
         sizes = (self.obs_dim, horizon, d_model, critic_depth, head_dim)

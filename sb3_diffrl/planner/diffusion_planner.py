@@ -1,7 +1,8 @@
 """Diffusion planning."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -17,11 +18,25 @@ from sb3_diffrl.offline.reading import DatasetSource
 from sb3_diffrl.planner.data import Batch, Data, Pad, WindowSettings, check_velocity_indices, prepare_data
 from sb3_diffrl.planner.guidance import GuidanceName, TrainedGuidance
 from sb3_diffrl.planner.policies import CriticName, MlpPolicy, PlannerPolicy
+from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 SelfDiffusionPlanner = TypeVar("SelfDiffusionPlanner", bound="DiffusionPlanner")
 
 # How fast the target of the TD value follows.
 TD_TAU = 0.005
+
+
+class Term(NamedTuple):
+    """A part of the loss.
+
+    :param loss: scalar
+    :param info: metrics
+    :param around_step: to surround the optimiser's step with, see ``TimestepSampler.around_step``
+    """
+
+    loss: th.Tensor
+    info: Metrics
+    around_step: AbstractContextManager[None] = nullcontext()
 
 
 class DiffusionPlanner(OfflineAlgorithm):
@@ -67,6 +82,7 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param num_action_steps: denoising steps of an action
     :param temperature: standard deviation of the noise that actions start from, unless they are deterministic
     :param ema_decay: decay of the moving averages of the weights, which act
+    :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
     :param _init_setup_model: build the networks at once
     :raises ValueError: if an argument is outside its range, or the dataset does not fit; the message names it
     """
@@ -106,6 +122,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         num_action_steps: int = 10,
         temperature: float = 0.5,
         ema_decay: float = 0.9999,
+        timestep_sampler: str | TimestepSampler = "uniform",
         _init_setup_model: bool = True,
     ) -> None:
         self.horizon, self.stride, self.discount, self.pad = horizon, stride, discount, pad
@@ -118,7 +135,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         self.n_candidates, self.cg_scale = n_candidates, cg_scale
         self.cfg_scale, self.cfg_target, self.cfg_dropout = cfg_scale, cfg_target, cfg_dropout
         self.num_inference_steps, self.num_action_steps = num_inference_steps, num_action_steps
-        self.temperature, self.ema_decay = temperature, ema_decay
+        self.temperature, self.ema_decay, self.timestep_sampler = temperature, ema_decay, timestep_sampler
         super().__init__(
             policy,
             env,
@@ -161,7 +178,7 @@ class DiffusionPlanner(OfflineAlgorithm):
 
     def _policy_arguments(self) -> dict[str, Any]:
         names = ["horizon", "critic", "guidance", "train_for", "n_candidates", "cg_scale", "cfg_scale", "cfg_target"]
-        names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay"]
+        names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "timestep_sampler"]
         return {**self.policy_kwargs, **{name: getattr(self, name) for name in names}}
 
     def _prepare_data(self, dataset: OfflineDataset) -> Data:
@@ -237,40 +254,56 @@ class DiffusionPlanner(OfflineAlgorithm):
         They share no weights, so one optimiser steps down the sum of their losses.
         """
         batch = self.sample_batch()
-        losses = [self._planner_loss(batch), self._inverse_dynamics_loss(batch), self._critic_loss(batch)]
+        terms = [self._planner_loss(batch), self._inverse_dynamics_loss(batch), self._critic_loss(batch)]
         if "cg" in self.train_for:
-            losses.append(self._noisy_critic_loss(batch))
-        metrics: Metrics = {name: value for _, info in losses for name, value in info.items()}
-        metrics["grad_norm"] = self._optimise(th.stack([loss for loss, _ in losses]).sum(), self.policy.optimizer)
+            terms.append(self._noisy_critic_loss(batch))
+        metrics: Metrics = {name: value for term in terms for name, value in term.info.items()}
+        with ExitStack() as stack:
+            for term in terms:
+                stack.enter_context(term.around_step)
+            metrics["grad_norm"] = self._optimise(th.stack([term.loss for term in terms]).sum(), self.policy.optimizer)
+        for prefix, sampler in (("planner", self.policy.timestep_sampler), ("action", self.policy.action_timestep_sampler)):
+            metrics |= {f"{prefix}_{name}": value for name, value in sampler.info().items()}
         self.policy.planner.update_ema()
         self.policy.inverse_dynamics.update_ema()
         if self.policy.critic_target is not None:
             polyak_update(self.policy.critic.parameters(), self.policy.critic_target.parameters(), TD_TAU)
         return metrics
 
-    def _draw(self, model: Any, shape: th.Size) -> tuple[th.Tensor, th.Tensor]:
-        t = model.process.schedule.sample_timesteps(shape[0], self.generator)
-        return t, th.randn(shape, device=self.device, generator=self.generator)
-
-    def _planner_loss(self, batch: Batch) -> tuple[th.Tensor, Metrics]:
+    def _planner_loss(self, batch: Batch) -> Term:
         """Mean squared error of the planner's noise, weighted by the windows' values if ``value_weight`` says so."""
-        t, noise = self._draw(self.policy.planner, batch.windows.shape)
+        policy, windows, generator = self.policy, batch.windows, self.generator
+        t, weight = policy.timestep_sampler.sample(windows, generator)
+        noise = th.randn(windows.shape, device=self.device, generator=generator)
         condition: tuple[th.Tensor, ...] = ()
         if "cfg" in self.train_for:
-            is_kept = th.rand(self.batch_size, device=self.device, generator=self.generator) >= self.cfg_dropout
+            is_kept = th.rand(self.batch_size, device=self.device, generator=generator) >= self.cfg_dropout
             condition = (batch.values[:, None], is_kept)
-        losses = self.policy.planner_loss(batch.windows, t, noise, *condition)
-        loss = (losses * th.exp(self.value_weight * (batch.values - 1))).mean()
-        return loss, {"planner_loss": loss.detach()}
+        losses = policy.planner_loss(windows, t, noise, *condition)
+        loss = (weight * losses * th.exp(self.value_weight * (batch.values - 1))).mean()
 
-    def _inverse_dynamics_loss(self, batch: Batch) -> tuple[th.Tensor, Metrics]:
+        def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+            cond = condition[0][rows] if condition else None
+            return policy.planner.bound_terms(windows[rows], cond, t, noise, policy.fixed_mask)
+
+        around_step = policy.timestep_sampler.around_step(windows, losses, bound_terms, generator)
+        return Term(loss, {"planner_loss": loss.detach()}, around_step)
+
+    def _inverse_dynamics_loss(self, batch: Batch) -> Term:
         """Mean squared error of the action's noise, over the windows whose action does lead to their second state."""
-        t, noise = self._draw(self.policy.inverse_dynamics, batch.actions.shape)
-        losses = self.policy.inverse_dynamics_loss(batch.windows, batch.actions, t, noise)
-        loss = (losses * batch.is_true).sum() / batch.is_true.sum().clamp(min=1)
-        return loss, {"inverse_dynamics_loss": loss.detach()}
+        policy, windows, actions, generator = self.policy, batch.windows, batch.actions, self.generator
+        t, weight = policy.action_timestep_sampler.sample(actions, generator)
+        noise = th.randn(actions.shape, device=self.device, generator=generator)
+        losses = policy.inverse_dynamics_loss(windows, actions, t, noise)
+        loss = (weight * losses * batch.is_true).sum() / batch.is_true.sum().clamp(min=1)
 
-    def _critic_loss(self, batch: Batch) -> tuple[th.Tensor, Metrics]:
+        def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+            return policy.inverse_dynamics_bound_terms(windows[rows], actions[rows], t, noise)
+
+        around_step = policy.action_timestep_sampler.around_step(actions, losses, bound_terms, generator)
+        return Term(loss, {"inverse_dynamics_loss": loss.detach()}, around_step)
+
+    def _critic_loss(self, batch: Batch) -> Term:
         """Squared error of the critic: to the window's value, or to one reward and the value of what follows."""
         policy = self.policy
         if policy.critic_target is None:
@@ -281,13 +314,14 @@ class DiffusionPlanner(OfflineAlgorithm):
                 following = policy.critic_target.states(batch.next_observations) * scale + center
                 target = (batch.rewards + self.discount * batch.continues * following - center) / scale
             loss = (policy.critic.states(batch.windows[:, 0]) - target).square().mean()  # type: ignore[operator]
-        return loss, {"critic_loss": loss.detach()}
+        return Term(loss, {"critic_loss": loss.detach()})
 
-    def _noisy_critic_loss(self, batch: Batch) -> tuple[th.Tensor, Metrics]:
+    def _noisy_critic_loss(self, batch: Batch) -> Term:
         """Squared error of the value predicted from noisy windows, for ``"cg"``."""
-        t, noise = self._draw(self.policy.planner, batch.windows.shape)
+        t = self.policy.planner.process.schedule.sample_timesteps(self.batch_size, self.generator)
+        noise = th.randn(batch.windows.shape, device=self.device, generator=self.generator)
         loss = self.policy.noisy_critic_loss(batch.windows, batch.values, t, noise).mean()
-        return loss, {"noisy_critic_loss": loss.detach()}
+        return Term(loss, {"noisy_critic_loss": loss.detach()})
 
     def learn(
         self: SelfDiffusionPlanner,

@@ -1,5 +1,6 @@
 """The planner's networks: trajectory diffusion, inverse dynamics and critics."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,9 @@ from sb3_diffrl.planner.guidance import (
     NoGuidance,
     TrainedGuidance,
 )
+from sb3_diffrl.timesteps.factory import make_timestep_sampler
+from sb3_diffrl.timesteps.mixin import TimestepSamplerMixin
+from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 CriticName = Literal["horizon", "td"]
 
@@ -99,7 +103,7 @@ class StateValue(nn.Module):
         return self.states(plan[:, 1:]).mean(dim=1)
 
 
-class PlannerPolicy(OfflinePolicy):
+class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     """Plans the states to come by diffusion, and acts so that the second of them is reached.
 
     The sampler's settings may be changed on a trained policy: ``model.policy.num_inference_steps = 10``, likewise
@@ -129,6 +133,7 @@ class PlannerPolicy(OfflinePolicy):
     :param cg_scale: weight of the value's gradient in ``"cg"``
     :param cfg_scale: weight of the conditioned model in ``"cfg"``: 1 conditions, more extrapolates
     :param cfg_target: scaled value, in [-1, 1], that ``"cfg"`` asks for
+    :param timestep_sampler: which times the planner and the inverse dynamics are trained on: a name or an object; each has its own
     """
 
     fixed_mask: th.Tensor
@@ -161,6 +166,7 @@ class PlannerPolicy(OfflinePolicy):
         cg_scale: float = 10.0,
         cfg_scale: float = 2.0,
         cfg_target: float = 1.0,
+        timestep_sampler: str | TimestepSampler = "uniform",
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class, optimizer_kwargs)
         self.d_model, self.depth, self.critic_depth, self.head_dim = d_model, depth, critic_depth, head_dim
@@ -177,6 +183,10 @@ class PlannerPolicy(OfflinePolicy):
         self._guidances = self._make_guidances()
         self.guidance = guidance
         self.optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        self._setup_timestep_sampler(timestep_sampler, self.planner.process, (horizon, self.obs_dim))
+        self.action_timestep_sampler = make_timestep_sampler(
+            copy.deepcopy(timestep_sampler), self.inverse_dynamics.process, (self.action_dim,)
+        )
 
     def _make_networks(self) -> None:
         fixed_mask = th.ones(self.horizon, self.obs_dim, dtype=th.bool)
@@ -269,6 +279,10 @@ class PlannerPolicy(OfflinePolicy):
         :param noise: standard normal, ``(batch, action_dim)``
         """
         return self.inverse_dynamics.loss(actions, self._action_condition(windows), t, noise)
+
+    def inverse_dynamics_bound_terms(self, windows: th.Tensor, actions: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """Terms of the variational bound of the actions, ``(batch,)``; arguments as ``inverse_dynamics_loss()``."""
+        return self.inverse_dynamics.bound_terms(actions, self._action_condition(windows), t, noise)
 
     def noisy_critic_loss(self, windows: th.Tensor, values: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """Squared error of the value predicted from noisy plans, ``(batch,)``; arguments as ``planner_loss()``."""
@@ -364,7 +378,7 @@ class PlannerPolicy(OfflinePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ["d_model", "depth", "critic_depth", "head_dim", "time_embedding_dim", "net_arch", "activation_fn", "horizon"]
         names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "guidance", "train_for", "n_candidates"]
-        names += ["cg_scale", "cfg_scale", "cfg_target"]
+        names += ["cg_scale", "cfg_scale", "cfg_target", "timestep_sampler"]
         own = {name: getattr(self, name) for name in names}
         return {**super()._get_constructor_parameters(), **own, "critic": self.critic_name}
 
