@@ -233,3 +233,17 @@ def test_a_trained_transformer_samples_trajectories() -> None:
         samples = process.sample(denoiser(slope), th.randn_like(x0), 20, fixed=Fixed(first, x0[:, :1]))
     # The end has variance 2: a net that ignores start, slope or position misses it by at least 1
     assert float((samples - x0)[:, -1].square().mean().sqrt()) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("kind", "cond_dim", "cond_rows"), [("mlp", 0, 0), ("mlp", 2, 5), ("dit", 0, 0), ("dit", 2, 1), ("dit", 2, 5)]
+)
+def test_at_the_times_of_a_chain_the_network_is_as_at_each_alone(kind: str, cond_dim: int, cond_rows: int) -> None:
+    th.manual_seed(0)
+    model = randomised(MlpDenoiser(3, cond_dim, [16, 16]) if kind == "mlp" else DiT1d(3, 4, cond_dim, d_model=16, head_dim=8))
+    x = th.randn(5, 3) if kind == "mlp" else th.randn(5, 4, 3)
+    cond = th.randn(cond_rows, cond_dim) if cond_rows else None
+    times = th.tensor([0.9, 0.5, 0.1])
+    steps = model.at_times(times, cond)  # type: ignore[operator]
+    for time, step in zip(times, steps, strict=True):
+        th.testing.assert_close(step(x), model(x, time.expand(5), cond))

@@ -2,12 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch as th
 from torch import nn
 
 from sb3_diffrl.diffusion.embeddings import FourierEmbedding, SinusoidalEmbedding, TimeEmbedding
+from sb3_diffrl.diffusion.process import DenoiseSteps
 from sb3_diffrl.diffusion.transformer import Transformer1d
 
 
@@ -34,7 +36,8 @@ class MlpDenoiser(nn.Module):
         time_embedding_dim: int = 64,
     ) -> None:
         super().__init__()
-        dim = time_embedding_dim
+        dim = self.time_dim = time_embedding_dim
+        self.cond_dim = cond_dim
         self.time_embedding = TimeEmbedding(SinusoidalEmbedding(dim), dim, 2 * dim, dim, activation_fn)
         sizes = (x_dim + dim + cond_dim, *net_arch)
         layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), activation_fn())]
@@ -64,6 +67,31 @@ class MlpDenoiser(nn.Module):
         inputs = [x_t, embedding] if cond is None else [x_t, embedding, cond]
         output: th.Tensor = self.output(self.net(th.cat(inputs, dim=1)))
         return output
+
+    def at_times(self, times: th.Tensor, cond: th.Tensor | None = None) -> DenoiseSteps:
+        """The network at each of the times of a chain; the parts of its first layer that see time and condition are computed once.
+
+        :param times: network times in (0, 1], ``(n,)``
+        :param cond: condition, ``(batch, cond_dim)``, ``None`` if ``cond_dim`` is 0
+        :return: n functions of ``x_t``
+        """
+        first, *others = (*self.net, self.output)
+        assert isinstance(first, nn.Linear)
+        widths = [first.in_features - self.time_dim - self.cond_dim, self.time_dim, self.cond_dim]
+        x_weight, time_weight, cond_weight = th.split(first.weight, widths, dim=1)
+        base = first.bias if cond is None else nn.functional.linear(cond, cond_weight, first.bias)
+        time_terms = nn.functional.linear(self.time_embedding(times), time_weight)
+
+        def at(time_term: th.Tensor) -> Callable[[th.Tensor], th.Tensor]:
+            def denoise(x_t: th.Tensor) -> th.Tensor:
+                hidden = th.addmm(base + time_term, x_t, x_weight.T)
+                for layer in others:
+                    hidden = layer(hidden)
+                return hidden
+
+            return denoise
+
+        return [at(time_term) for time_term in time_terms.unbind()]
 
 
 class DiT1d(nn.Module):
@@ -113,11 +141,32 @@ class DiT1d(nn.Module):
         :return: ``(batch, length, x_dim)``
         :raises ValueError: if a condition is given and ``cond_dim`` is 0
         """
-        embedding = self.time_embedding(time)
-        if cond is not None:
-            if self.cond_embedding is None:
-                raise ValueError("This network was made without a condition: give it `cond_dim`, or leave `cond` out.")
-            condition = self.cond_embedding(cond)
-            embedding = embedding + (condition if cond_mask is None else condition * cond_mask[:, None])
-        output: th.Tensor = self.transformer(x_t, embedding)
+        output: th.Tensor = self.transformer(x_t, self._embed(time, cond, cond_mask))
         return output
+
+    def _embed(self, time: th.Tensor, cond: th.Tensor | None, cond_mask: th.Tensor | None = None) -> th.Tensor:
+        embedding: th.Tensor = self.time_embedding(time)
+        if cond is None:
+            return embedding
+        if self.cond_embedding is None:
+            raise ValueError("This network was made without a condition: give it `cond_dim`, or leave `cond` out.")
+        condition: th.Tensor = self.cond_embedding(cond)
+        return embedding + (condition if cond_mask is None else condition * cond_mask[:, None])
+
+    def at_times(self, times: th.Tensor, cond: th.Tensor | None = None) -> DenoiseSteps:
+        """The network at each of the times of a chain; what sets the layer norms is computed once, if no condition differs by row.
+
+        :param times: network times in (0, 1], ``(n,)``
+        :param cond: condition, ``(batch, cond_dim)``, or ``(1, cond_dim)`` for all rows; ``None`` leaves it out of every row
+        :return: n functions of ``x_t``
+        """
+        if cond is not None and len(cond) > 1:
+
+            def at(time: th.Tensor) -> Callable[[th.Tensor], th.Tensor]:
+                return lambda x_t: self(x_t, time.expand(len(x_t)), cond)
+
+            return [at(time) for time in times.unbind()]
+        embedding = self._embed(times, cond)
+        # n_vectors x (n, 1, d_model) -> n x (n_vectors, 1, 1, d_model)
+        vectors = th.stack(self.transformer.modulation(embedding), dim=1)[:, :, None]
+        return [partial(self.transformer.modulated, vectors=step.unbind()) for step in vectors.unbind()]

@@ -6,7 +6,8 @@ import torch as th
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sb3_diffrl.diffusion.process import Denoise, DiffusionProcess, Fixed, Guidance, Solver
+from sb3_diffrl.diffusion.denoisers import DiT1d, MlpDenoiser
+from sb3_diffrl.diffusion.process import Denoise, DenoiseSteps, DiffusionProcess, Fixed, Guidance, Solver
 
 
 class DiffusionModel(nn.Module):
@@ -47,12 +48,22 @@ class DiffusionModel(nn.Module):
         conditions = (cond,) if cond_mask is None else (cond, cond_mask)
         return self.process.denoising_loss(self._denoise(self.denoiser, *conditions), x0, t, noise, fixed_mask)
 
-    def averaged(self, cond: th.Tensor | None = None) -> Denoise:
-        """The averaged network as a function of noisy data and time, for samplers that combine several.
+    def averaged_steps(self, num_inference_steps: int, cond: th.Tensor | None = None) -> DenoiseSteps:
+        """The averaged network at the times of a chain, for samplers that combine several.
 
+        :param num_inference_steps: number of denoising steps
         :param cond: condition, ``(batch, cond_dim)`` or ``None``
         """
-        return self._denoise(self.denoiser_ema.module, cond)
+        schedule = self.process.schedule
+        times = schedule.network_time(schedule.inference_timesteps(num_inference_steps))
+        network = self.denoiser_ema.module
+        if isinstance(network, (MlpDenoiser, DiT1d)):
+            return network.at_times(times, cond)
+
+        def at(time: th.Tensor) -> Callable[[th.Tensor], th.Tensor]:
+            return lambda x_t: network(x_t, time.expand(len(x_t)), cond)
+
+        return [at(time) for time in times.unbind()]
 
     @th.no_grad()
     def bound_terms(
@@ -78,7 +89,8 @@ class DiffusionModel(nn.Module):
 
         :param cond: condition, ``(batch, cond_dim)`` or ``None``
         """
-        return self.process.sample(self.averaged(cond), start, num_inference_steps, solver, noise, fixed, guidance)
+        denoise = self.averaged_steps(num_inference_steps, cond)
+        return self.process.sample(denoise, start, num_inference_steps, solver, noise, fixed, guidance)
 
     def update_ema(self) -> None:
         """Let the moving average follow, after an optimiser step. The first call copies the weights."""

@@ -1,7 +1,7 @@
 """The diffusion process: noising, training targets, solvers and the variational bound, for any denoiser."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch as th
@@ -12,6 +12,9 @@ from sb3_diffrl.diffusion.schedules import NoiseSchedule
 #: ``denoise(x_t, t) -> output``: ``x_t`` ``(batch, ...)``, ``t`` ``(batch,)`` times of the schedule, output of the shape of ``x_t``
 #: and of the meaning that ``prediction_type`` says. A network is usually given ``schedule.network_time(t)``.
 Denoise = Callable[[th.Tensor, th.Tensor], th.Tensor]
+
+#: A denoiser at the times of a chain, one function of ``x_t`` for each: what depends on the times alone is computed once.
+DenoiseSteps = Sequence[Callable[[th.Tensor], th.Tensor]]
 
 #: ``guidance(x_t, t) -> gradient``: what is added to the score: the gradient of a log-density with respect to ``x_t``, same shape.
 Guidance = Callable[[th.Tensor, th.Tensor], th.Tensor]
@@ -110,7 +113,7 @@ class DiffusionProcess(nn.Module):
 
     def sample(
         self,
-        denoise: Denoise,
+        denoise: Denoise | DenoiseSteps,
         start: th.Tensor,
         num_inference_steps: int,
         solver: Solver = "ddim",
@@ -126,7 +129,7 @@ class DiffusionProcess(nn.Module):
         small variance), which is DDIM with ``eta = 1``. Where ``x0_hat`` is clipped, the noise follows it (diffusers'
         ``use_clipped_model_output``).
 
-        :param denoise: the denoiser
+        :param denoise: the denoiser, or one function for each of ``schedule.inference_timesteps(num_inference_steps)``
         :param start: ``x`` at the noisiest time, standard normal, ``(batch, ...)``
         :param num_inference_steps: number of calls to the denoiser
         :param solver: ``"ddim"`` or ``"ddpm"``
@@ -148,7 +151,8 @@ class DiffusionProcess(nn.Module):
         x = start if fixed is None else th.where(fixed.mask, fixed.values, start)
         for i, (step, timestep) in enumerate(zip(steps, timesteps, strict=True)):
             t = timestep.expand(len(x))
-            x0_hat = th.add(x * step.x0_x, denoise(x, t), alpha=step.x0_output)
+            output = denoise(x, t) if callable(denoise) else denoise[i](x)
+            x0_hat = th.add(x * step.x0_x, output, alpha=step.x0_output)
             if guidance is not None:
                 x0_hat = x0_hat.add(guidance(x, t), alpha=step.x0_score)
             if self.clip_sample is not None:

@@ -144,7 +144,16 @@ class Transformer1d(nn.Module):
             raise ValueError(f"A trajectory of {x.shape[1]} steps is longer than `max_length` = {len(self.positions)}.")
         if (condition is None) == (self.condition_dim > 0):
             raise ValueError(f"`condition` must be given exactly when `condition_dim` > 0, which is {self.condition_dim}.")
-        vectors = self.modulation(condition)
+        return self.modulated(x, self.modulation(condition), n_out)
+
+    def modulated(self, x: th.Tensor, vectors: tuple[th.Tensor, ...], n_out: int | None = None) -> th.Tensor:
+        """Apply the transformer with given vectors in place of a condition.
+
+        :param x: steps, ``(batch, length, in_dim)``
+        :param vectors: as ``modulation`` makes them, each ``(batch or 1, 1, d_model)``
+        :param n_out: see ``forward()``
+        :return: ``(batch, n_out, out_dim)``
+        """
         hidden = self.embedding(x) + self.positions[: x.shape[1]]
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1

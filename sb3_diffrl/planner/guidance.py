@@ -4,6 +4,7 @@ A guidance is called as ``guidance(policy, state, deterministic)`` with standard
 standardised plans ``(batch, horizon, obs_dim)``. Deterministic plans are those of the mean latent, or of fixed candidates.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch as th
@@ -75,10 +76,12 @@ class ClassifierFreeGuidance:
 
     def __call__(self, policy: "PlannerPolicy", state: th.Tensor, deterministic: bool) -> th.Tensor:
         """See ``Guidance``."""
-        target = th.full((len(state), 1), policy.cfg_target, device=state.device)
-        conditioned, free = policy.planner.averaged(target), policy.planner.averaged()
+        target = th.full((1, 1), policy.cfg_target, device=state.device)
+        conditioned = policy.planner.averaged_steps(policy.num_inference_steps, target)
+        free = policy.planner.averaged_steps(policy.num_inference_steps)
 
-        def denoise(x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
-            return th.lerp(free(x_t, t), conditioned(x_t, t), policy.cfg_scale)
+        def at(i: int) -> Callable[[th.Tensor], th.Tensor]:
+            return lambda x_t: th.lerp(free[i](x_t), conditioned[i](x_t), policy.cfg_scale)
 
+        denoise = [at(i) for i in range(policy.num_inference_steps)]
         return policy.denoise(policy.draw_latent(len(state), deterministic), state, denoise=denoise)
