@@ -13,7 +13,7 @@ from sb3_diffrl.common import check_count
 from sb3_diffrl.diffusion.denoisers import DiT1d, MlpDenoiser
 from sb3_diffrl.diffusion.embeddings import FourierEmbedding, TimeEmbedding
 from sb3_diffrl.diffusion.model import DiffusionModel
-from sb3_diffrl.diffusion.process import Denoise, DiffusionProcess, Fixed
+from sb3_diffrl.diffusion.process import DenoiseSteps, DiffusionProcess, Fixed
 from sb3_diffrl.diffusion.process import Guidance as ScoreGuidance
 from sb3_diffrl.diffusion.schedules import make_schedule
 from sb3_diffrl.diffusion.transformer import Transformer1d
@@ -312,7 +312,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         latent: th.Tensor,
         state: th.Tensor,
         num_inference_steps: int | None = None,
-        denoise: Denoise | None = None,
+        denoise: DenoiseSteps | None = None,
         guidance: ScoreGuidance | None = None,
     ) -> th.Tensor:
         """What the planner makes of a latent: a deterministic map (DDIM), in which the present state and the goal are held.
@@ -320,15 +320,16 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         :param latent: ``(batch, horizon - 1, free_dim)``
         :param state: standardised, ``(batch, obs_dim)``
         :param num_inference_steps: the policy's own by default
-        :param denoise: what denoises, the averaged network by default
+        :param denoise: what denoises at each step, the averaged network by default
         :param guidance: gradient added to the score
         :return: plans, standardised, ``(batch, horizon, obs_dim)``
         """
         start = self.join(latent, state)
+        n_steps = num_inference_steps or self.num_inference_steps
         return self.planner.process.sample(
-            denoise or self.planner.averaged(),
+            denoise or self.planner.averaged_steps(n_steps),
             start,
-            num_inference_steps or self.num_inference_steps,
+            n_steps,
             fixed=Fixed(self.fixed_mask, state[:, None].expand_as(start)),
             guidance=guidance,
         )
