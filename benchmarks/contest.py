@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from provenance import metadata
-
 Task = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3
@@ -95,6 +93,8 @@ def write(
 
     :param versions: versions of what the package's own environment does not hold
     """
+    from provenance import metadata  # not at the top: a contestant's environment may lack torch
+
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["round", "contestant", "task", "median_ms"])
