@@ -1,8 +1,10 @@
 """LQL: Q-learning whose policy is Langevin dynamics on the critic."""
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +33,7 @@ from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.env_guard import finite
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
+from sb3_diffrl.saving import SafeSaving, load_replay_buffer, save_replay_buffer
 
 SelfLQL = TypeVar("SelfLQL", bound="LQL")
 
@@ -55,7 +58,7 @@ class UpdateDraws(NamedTuple):
     noise: th.Tensor | None = None
 
 
-class LQL(OffPolicyAlgorithm):
+class LQL(SafeSaving, OffPolicyAlgorithm):
     """Langevin Q-learning (LQL): the policy is exp(w Σ Qᵢ(s, ·)), sampled by Langevin dynamics on the critic.
 
     Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873.
@@ -386,10 +389,40 @@ class LQL(OffPolicyAlgorithm):
             return super().collect_rollouts(env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_logged_obs"]
+        rebuilt = ["actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
+        return [*super()._excluded_save_params(), *rebuilt, "_logged_obs"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "critic.optimizer"], []
+
+    def save_replay_buffer(self, path: str | Path | io.BufferedIOBase) -> None:
+        """Save the replay buffer; a file that is there is replaced once the new one is whole.
+
+        :param path: file to write
+        :raises OSError: if it cannot be written, with the reason; a former file is as it was
+        """
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        save_replay_buffer(self.replay_buffer, path)
+
+    def load_replay_buffer(
+        self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True, trusted: bool = False
+    ) -> None:
+        """Load a replay buffer. Nothing that the file holds is run, unless it is trusted.
+
+        :param path: file to read
+        :param truncate_last_traj: with a ``HerReplayBuffer``, take the last trajectory as finished
+        :param trusted: un-pickle files of Stable-Baselines3, or of buffers of your own: who wrote the file can run any code
+        :raises ModelFileError: if the file is damaged, or pickled and not trusted
+        """
+        if isinstance(self.replay_buffer_class, type) and issubclass(self.replay_buffer_class, HerReplayBuffer):
+            assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
+        self.replay_buffer = load_replay_buffer(path, trusted)
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
+            self.replay_buffer.set_env(self.env)
+            if truncate_last_traj:
+                self.replay_buffer.truncate_last_trajectory()
+        self.replay_buffer.device = self.device
 
 
 def end_trajectory(replay_buffer: ReplayBuffer | None) -> None:

@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -20,13 +19,14 @@ from sb3_diffrl.common import unscale_action
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+from sb3_diffrl.saving import SafePolicySaving
 
 # Seeds the start and the noise of deterministic actions: part of the policy's definition, so it never changes.
 DETERMINISTIC_SEED = 0
 BACKENDS = ("auto", "native", "torch", "autograd")
 
 
-class LangevinPolicy(BasePolicy):
+class LangevinPolicy(SafePolicySaving):
     """Policy without an actor: actions are drawn from exp(w Σ Qᵢ(s, ·)) by Langevin dynamics on the critic.
 
     :param observation_space: observation space

@@ -11,7 +11,6 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
@@ -21,6 +20,7 @@ from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.policies import OfflinePolicy
 from sb3_diffrl.offline.reading import DatasetSource
 from sb3_diffrl.offline.spaces import FlattenObservation, check_same_spaces, is_nested
+from sb3_diffrl.saving import SafeSaving
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
 
@@ -44,7 +44,7 @@ class _NoEnvironment(gym.Env[Any, Any]):
         raise RuntimeError(f"There is no environment to step: {self.reason}")
 
 
-class OfflineAlgorithm(BaseAlgorithm, ABC):
+class OfflineAlgorithm(SafeSaving, ABC):
     """An agent of Stable-Baselines3 that learns from a dataset instead of an environment.
 
     ``learn(total_timesteps)`` counts gradient steps, and callbacks are called after each. All randomness of training comes from a

@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 
 from sb3_diffrl.common import unscale_action
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.spaces import Normalizer, ObservationFlattener
+from sb3_diffrl.saving import SafePolicySaving
 
 
-class OfflinePolicy(BasePolicy):
+class OfflinePolicy(SafePolicySaving):
     """Policy on flattened, standardised observations (see ``ObservationFlattener``), with actions in the scaled box [-1, 1].
 
     :param observation_space: observation space, as in the dataset

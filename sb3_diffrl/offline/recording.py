@@ -1,11 +1,9 @@
 """Minari out: a policy's episodes become a dataset."""
 
-import platform
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import gymnasium as gym
@@ -22,21 +20,10 @@ from tqdm import tqdm
 
 from sb3_diffrl.offline.evaluation import reference_scores
 from sb3_diffrl.offline.writing import DataFormat, DatasetWriter, check_new_id, recoverable_spec
+from sb3_diffrl.saving import versions as versions
 
 Policy = BaseAlgorithm | Callable[[Any], Any] | None
 EnvSource = str | gym.Env[Any, Any] | Callable[[], gym.Env[Any, Any]]
-
-PACKAGES = (
-    "sb3_diffrl",
-    "stable-baselines3",
-    "sb3-contrib",
-    "gymnasium",
-    "gymnasium-robotics",
-    "minari",
-    "mujoco",
-    "numpy",
-    "torch",
-)
 
 
 def record_dataset(
@@ -148,17 +135,6 @@ def record_dataset(
 def _references(spec: EnvSpec | None, low: float | None, high: float | None) -> dict[str, float | None]:
     known_low, known_high = reference_scores(spec)
     return {"ref_min_score": known_low if low is None else float(low), "ref_max_score": known_high if high is None else float(high)}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a dataset or a score looks like, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass

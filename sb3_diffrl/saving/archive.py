@@ -1,0 +1,141 @@
+"""The zip of a saved model, as Stable-Baselines3 writes it, with one more entry that holds its attributes as JSON."""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+from sb3_diffrl.saving.versions import versions
+
+#: Entry of the zip with the attributes as JSON; Stable-Baselines3's own entry ``data``, which holds pickles, is beside it.
+ENTRY = "sb3_diffrl.json"
+#: Version of what that entry looks like
+FORMAT = 1
+WEIGHTS = re.compile(r"[a-z][a-zA-Z0-9_]*(\.[a-z][a-zA-Z0-9_]*)*\.pth")
+
+
+class ModelFileError(ValueError):
+    """A file that is damaged, or holds what is not loaded without ``trusted=True``. Nothing that it holds was run."""
+
+
+class Archive(NamedTuple):
+    """What is read of a saved model.
+
+    :param attributes: as JSON, see ``encoding``
+    :param versions: that it was saved by
+    :param weights: the entries of ``torch.save``, by their file names
+    :param system_info: as Stable-Baselines3 writes it
+    """
+
+    attributes: dict[str, Any]
+    versions: dict[str, str]
+    weights: dict[str, bytes]
+    system_info: str
+
+
+def document(attributes: Mapping[str, Any]) -> str:
+    """The JSON of encoded attributes, with the version of the format and the versions of the packages."""
+    return json.dumps({"format": FORMAT, "versions": versions(), "attributes": attributes}, indent=1)
+
+
+def read_document(text: str | bytes, what: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What ``document()`` wrote.
+
+    :param what: the file, for messages
+    :return: attributes and versions
+    :raises ModelFileError: if it is something else, or from a later version
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{what} is damaged: its JSON cannot be read ({str(error)[:200]}).") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{what} is damaged: its JSON is no dictionary.")
+    number, saved = content.get("format"), content.get("versions")
+    if not isinstance(saved, dict) or not all(isinstance(value, str) for value in saved.values()):
+        raise ModelFileError(f"{what} is damaged: it does not say which versions it was saved by.")
+    if type(number) is not int or number < 1:
+        raise ModelFileError(f"{what} is damaged: it does not say which format it has.")
+    if number > FORMAT:
+        raise ModelFileError(
+            f"{what} was saved by sb3_diffrl {saved.get('sb3_diffrl', '?')[:50]}, in a later format than is known here. Update "
+            "sb3_diffrl to load it."
+        )
+    if not isinstance(content.get("attributes"), dict):
+        raise ModelFileError(f"{what} is damaged: it holds no attributes.")
+    return content["attributes"], saved
+
+
+def read_zip(file: BinaryIO, what: str) -> zipfile.ZipFile:
+    """Open a zip that cannot be a trap: its entries are not compressed, do not overlap, and are there once.
+
+    :param what: the file, for messages
+    :raises ModelFileError: if it is none
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, UnicodeDecodeError, OverflowError) as error:
+        raise ModelFileError(f"{what} is damaged, or no saved model: it is no zip file ({error}).") from error
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if len(set(names)) != len(names):
+        raise ModelFileError(f"{what} is damaged: entries of the zip have the same name.")
+    # What is not compressed is not larger than the file.
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+        raise ModelFileError(
+            f"{what} holds compressed or encrypted entries, which a saved model does not: unpack it and pack it again by `zip -0`."
+        )
+    if sum(entry.file_size for entry in entries) > size:
+        raise ModelFileError(f"{what} is damaged: its entries are larger than the file.")
+    return archive
+
+
+def read_archive(file: BinaryIO, what: str) -> Archive:
+    """Read a saved model without un-pickling anything. Entries that are not known are left alone.
+
+    :param file: open for reading
+    :param what: the file, for messages
+    :raises ModelFileError: if it is damaged, or was not saved by this package
+    """
+    archive = read_zip(file, what)
+    names = archive.namelist()
+    if ENTRY not in names:
+        raise ModelFileError(
+            f"{what} has no entry {ENTRY}: it was not saved by a release of sb3_diffrl. If you know where it comes from, load it "
+            "with `trusted=True`, which runs what it holds."
+        )
+    try:
+        attributes, saved = read_document(archive.read(ENTRY), what)
+        weights = {name: archive.read(name) for name in names if WEIGHTS.fullmatch(name)}
+        system_info = archive.read("system_info.txt").decode() if "system_info.txt" in names else ""
+    except ModelFileError:
+        raise
+    except Exception as error:
+        raise ModelFileError(f"{what} is damaged: {str(error)[:200] or type(error).__name__}.") from error
+    for name, content in weights.items():
+        check_weights(content, f"{name} in {what}")
+    return Archive(attributes, saved, weights, system_info)
+
+
+def check_weights(content: bytes, what: str) -> None:
+    """Check that a file of ``torch.save`` cannot unfold in memory.
+
+    :raises ModelFileError: if it could, or is none
+    """
+    read_zip(io.BytesIO(content), what).close()
+
+
+def weights_alone(archive: Archive) -> io.BytesIO:
+    """The zip again, with the tensors and the names of the attributes alone: there is nothing to un-pickle in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as clean:
+        clean.writestr("data", json.dumps(dict.fromkeys(archive.attributes)))
+        clean.writestr("system_info.txt", archive.system_info)
+        for name, content in archive.weights.items():
+            clean.writestr(name, content)
+    buffer.seek(0)
+    return buffer

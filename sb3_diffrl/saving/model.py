@@ -1,0 +1,167 @@
+"""Models that save whole files and load without running what a file holds."""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_diffrl.saving.archive import ENTRY, Archive, ModelFileError, document, read_archive, weights_alone
+from sb3_diffrl.saving.atomic import atomic_file
+from sb3_diffrl.saving.building import bounded
+from sb3_diffrl.saving.encoding import NotAllowedError, Refused, decode_all, encode_all
+from sb3_diffrl.saving.versions import note_differences
+
+SelfSafeSaving = TypeVar("SelfSafeSaving", bound="SafeSaving")
+
+# Attributes that are never in a file of ours: an env would be made, a policy or a buffer be taken as it is.
+NEVER_LOADED = frozenset(
+    {"env", "device", "policy", "replay_buffer", "rollout_buffer", "_vec_normalize_env", "_episode_storage", "_logger"}
+)
+
+
+class SafeSaving(BaseAlgorithm):
+    """Saving and loading of Stable-Baselines3, made safe: a file is written whole or not at all, and loading one runs none of it.
+
+    The zip is Stable-Baselines3's with one more entry, ``sb3_diffrl.json``, which holds the attributes in JSON, as far as their
+    types are on a list: numbers, texts, arrays, spaces, schedules, activations, optimisers and this package's own classes. It is
+    all that ``load()`` reads besides tensors.
+    """
+
+    def save(
+        self, path: str | Path | io.BufferedIOBase, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """Save the model. A file that is there is replaced once the new one is whole.
+
+        :param path: file to write
+        :param exclude: names of attributes to leave out besides the usual
+        :param include: names of attributes to save although they usually are not
+        :raises OSError: if it cannot be written, with the reason; a former file is as it was
+        """
+        if not isinstance(path, (str, Path)):
+            open_path(path, "w")  # raises if it cannot be
+            path.write(self._file_content(exclude, include))
+            return
+        content = self._file_content(exclude, include)
+        with atomic_file(path, "zip") as file:
+            file.write(content)
+
+    def _file_content(self, exclude: Iterable[str] | None, include: Iterable[str] | None) -> bytes:
+        buffer = io.BytesIO()
+        super().save(buffer, exclude, include)
+        with zipfile.ZipFile(buffer, "a") as archive:
+            names = json.loads(archive.read("data"))
+            archive.writestr(ENTRY, document(encode_all({name: self.__dict__[name] for name in names})))
+        return buffer.getvalue()
+
+    @classmethod
+    def load(
+        cls: type[SelfSafeSaving],
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        trusted: bool = False,
+        **kwargs: Any,
+    ) -> SelfSafeSaving:
+        """Load a model. Nothing that the file holds is run, unless it is trusted.
+
+        :param path: file to read
+        :param env: environment to go on with; ``None`` to predict alone
+        :param device: where to compute
+        :param custom_objects: attributes to take from here instead of the file, by name
+        :param print_system_info: print what the model was saved on
+        :param force_reset: reset the environment before training goes on
+        :param trusted: un-pickle what the file holds, as Stable-Baselines3 does: who wrote the file can run any code. Needed for
+            models with functions or classes of your own, and for files of other packages.
+        :param kwargs: attributes to change
+        :raises ModelFileError: if the file is damaged, or holds what is not loaded unless it is trusted; the message says which
+        :raises FileNotFoundError: if there is none
+        """
+        if trusted:
+            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if custom_objects is not None and not isinstance(custom_objects, dict):
+            raise ValueError("custom_objects argument must be a dict or None")
+        file = open_path(path, "r", suffix="zip")
+        what = f"The file {path}" if isinstance(path, (str, Path)) else "The file"
+        try:
+            archive = read_archive(file, what)
+        finally:
+            if isinstance(path, (str, Path)):
+                file.close()
+        attributes = cls._attributes(archive, custom_objects or {}, what)
+        if env is not None:
+            env = cls._wrap_env(env, attributes.get("verbose", 0))
+            check_for_correct_spaces(env, attributes["observation_space"], attributes["action_space"])
+        if "policy_kwargs" in kwargs and kwargs["policy_kwargs"] != attributes.get("policy_kwargs"):
+            raise ValueError(
+                f"The specified policy kwargs do not equal the stored policy kwargs. Stored kwargs: "
+                f"{attributes.get('policy_kwargs')}, specified kwargs: {kwargs['policy_kwargs']}"
+            )
+        if print_system_info:
+            print("== CURRENT SYSTEM INFO ==")
+            get_system_info()
+        note_differences(archive.versions, stacklevel=2)
+        return cls._build(archive, attributes, what, env, device, print_system_info, force_reset, kwargs)
+
+    @classmethod
+    def _attributes(cls, archive: Archive, custom_objects: dict[str, Any], what: str) -> dict[str, Any]:
+        try:
+            attributes = decode_all(archive.attributes, frozenset(custom_objects))
+        except NotAllowedError as error:
+            raise ModelFileError(f"{what} is damaged: {error}.") from error
+        attributes |= {name: value for name, value in custom_objects.items() if name in archive.attributes}
+        for name, value in attributes.items():
+            if isinstance(value, Refused):
+                raise ModelFileError(
+                    f"{what} holds {value.reason} in {name!r}, which could run any code. If you know where the file comes from, "
+                    f"load it with `trusted=True`; or give what belongs there by `custom_objects={{{name!r}: ...}}`."
+                )
+            if name in NEVER_LOADED or callable(getattr(cls, name, None)) or name.startswith("__"):
+                raise ModelFileError(f"{what} is damaged: it holds {name[:100]!r}, which no saved model does.")
+        missing = [name for name in ("policy_class", "observation_space", "action_space") if name not in attributes]
+        if missing:
+            raise ModelFileError(f"{what} is damaged: it lacks {', '.join(missing)}.")
+        return attributes
+
+    @classmethod
+    def _build(
+        cls: type[SelfSafeSaving],
+        archive: Archive,
+        attributes: dict[str, Any],
+        what: str,
+        env: GymEnv | None,
+        device: th.device | str,
+        print_system_info: bool,
+        force_reset: bool,
+        kwargs: dict[str, Any],
+    ) -> SelfSafeSaving:
+        needs_env = attributes.get("replay_buffer_class") is HerReplayBuffer and env is None
+        try:
+            with bounded(sum(map(len, archive.weights.values()))):
+                # Every attribute is given, and the zip holds tensors alone: there is nothing left that could be un-pickled.
+                return super().load(
+                    weights_alone(archive),
+                    env,
+                    device,
+                    attributes,
+                    print_system_info,
+                    force_reset,
+                    **kwargs,
+                )
+        except Exception as error:
+            if needs_env and isinstance(error, AssertionError):
+                raise
+            raise ModelFileError(
+                f"{what} is damaged: what it holds does not make a {cls.__name__} ({type(error).__name__}: {str(error)[:500]})."
+            ) from error
