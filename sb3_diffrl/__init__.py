@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         normalized_score,
         record_dataset,
     )
+    from sb3_diffrl.pg import PG
+    from sb3_diffrl.planner import DiffusionPlanner
 
 __version__ = "0.1.0"
 
@@ -21,7 +23,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "LQL": "sb3_diffrl.lql",
     "NCLQL": "sb3_diffrl.lql",
+    "PG": "sb3_diffrl.pg",
     "DiffusionBC": "sb3_diffrl.bc",
+    "DiffusionPlanner": "sb3_diffrl.planner",
     "OfflineAlgorithm": "sb3_diffrl.offline",
     "OfflineDataset": "sb3_diffrl.offline",
     "fill_replay_buffer": "sb3_diffrl.offline",
@@ -33,7 +37,9 @@ _HOMES = {
 __all__ = [
     "LQL",
     "NCLQL",
+    "PG",
     "DiffusionBC",
+    "DiffusionPlanner",
     "OfflineAlgorithm",
     "OfflineDataset",
     "__version__",

@@ -29,6 +29,9 @@ ValueNormalization = Literal["std", "abs", "none"]
 
 # What PG takes over from a trained planner: its networks' sizes, and what they have learnt from.
 TAKEN = ("horizon", "stride", "discount", "pad", "velocity_indices", "terminal_reward", "value_weight", "critic", "train_for")
+# How it samples, which may be changed.
+SAMPLING: tuple[str, ...] = ("n_candidates", "cg_scale", "cfg_scale", "cfg_target", "num_inference_steps", "num_action_steps")
+SAMPLING += ("temperature", "clip_sample")
 
 
 class PG(DiffusionPlanner):
@@ -44,7 +47,7 @@ class PG(DiffusionPlanner):
     :param dataset: by default the given planner's
     :param guidance: ``"pg"``; a trained model takes others, see ``DiffusionPlanner``
     :param planner: trained planner, or a path it was saved at: its weights and settings are taken over, and ``learn()`` trains the
-        prior alone
+        prior alone. How it samples may be given anew.
     :param planner_fraction: share of ``learn()``'s gradient steps that train the planner, unless one is given
     :param alpha: weight of the KL divergence of the latent's law from N(0, I)
     :param kl_reduction: ``"sum"`` over the entries of the latent, as a KL divergence is, or ``"mean"`` over its steps: alpha is
@@ -96,12 +99,13 @@ class PG(DiffusionPlanner):
         temperature: float = 0.5,
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
+        clip_sample: float | None = None,
         planner: DiffusionPlanner | str | Path | None = None,
         planner_fraction: float = 0.5,
         alpha: float = 0.01,
         kl_reduction: KLReduction = "sum",
         kl_of: KLOf = "latent",
-        squash: bool = False,
+        squash: bool = True,
         normalize_value: ValueNormalization = "std",
         tau: float = 0.005,
         prior_inference_steps: int = 5,
@@ -143,6 +147,7 @@ class PG(DiffusionPlanner):
             temperature,
             ema_decay,
             timestep_sampler,
+            clip_sample,
             _init_setup_model=False,
         )
         if isinstance(planner, (str, Path)):
@@ -174,6 +179,9 @@ class PG(DiffusionPlanner):
                     f"`{name}` is {mine!r}, and the planner was trained with {theirs!r}: leave `{name}` out, or train a planner."
                 )
             setattr(self, name, theirs)
+        for name in SAMPLING:
+            if getattr(self, name) == parameters[name].default:
+                setattr(self, name, getattr(planner, name))
         for name, theirs in planner.policy_kwargs.items():
             if self.policy_kwargs.setdefault(name, theirs) != theirs:
                 raise ValueError(

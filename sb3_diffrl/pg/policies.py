@@ -119,7 +119,8 @@ class PGPolicy(PlannerPolicy):
         cfg_scale: float = 2.0,
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
-        squash: bool = False,
+        clip_sample: float | None = None,
+        squash: bool = True,
     ) -> None:
         self.prior_width, self.squash = check_count("prior_width", prior_width), squash
         super().__init__(
@@ -148,6 +149,7 @@ class PGPolicy(PlannerPolicy):
             cfg_scale,
             cfg_target,
             timestep_sampler,
+            clip_sample,
         )
         self.prior, self.prior_target = (GaussianPrior(self.obs_dim, self.latent_shape, prior_width) for _ in range(2))
         sizes = (self.obs_dim, horizon, d_model, critic_depth, head_dim)

@@ -83,6 +83,8 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param temperature: standard deviation of the noise that actions start from, unless they are deterministic
     :param ema_decay: decay of the moving averages of the weights, which act
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
+    :param clip_sample: bound of plans while they are denoised, in standard deviations from the data's mean, ``None`` for none.
+        Without one, guidance that is strong finds noise of which the planner makes states far from all data.
     :param _init_setup_model: build the networks at once
     :raises ValueError: if an argument is outside its range, or the dataset does not fit; the message names it
     """
@@ -123,6 +125,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         temperature: float = 0.5,
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
+        clip_sample: float | None = None,
         _init_setup_model: bool = True,
     ) -> None:
         self.horizon, self.stride, self.discount, self.pad = horizon, stride, discount, pad
@@ -135,7 +138,8 @@ class DiffusionPlanner(OfflineAlgorithm):
         self.n_candidates, self.cg_scale = n_candidates, cg_scale
         self.cfg_scale, self.cfg_target, self.cfg_dropout = cfg_scale, cfg_target, cfg_dropout
         self.num_inference_steps, self.num_action_steps = num_inference_steps, num_action_steps
-        self.temperature, self.ema_decay, self.timestep_sampler = temperature, ema_decay, timestep_sampler
+        self.temperature, self.ema_decay = temperature, ema_decay
+        self.timestep_sampler, self.clip_sample = timestep_sampler, clip_sample
         super().__init__(
             policy,
             env,
@@ -178,7 +182,7 @@ class DiffusionPlanner(OfflineAlgorithm):
 
     def _policy_arguments(self) -> dict[str, Any]:
         names = ["horizon", "critic", "guidance", "train_for", "n_candidates", "cg_scale", "cfg_scale", "cfg_target"]
-        names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "timestep_sampler"]
+        names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "timestep_sampler", "clip_sample"]
         return {**self.policy_kwargs, **{name: getattr(self, name) for name in names}}
 
     def _prepare_data(self, dataset: OfflineDataset) -> Data:

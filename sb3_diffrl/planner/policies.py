@@ -134,6 +134,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     :param cfg_scale: weight of the conditioned model in ``"cfg"``: 1 conditions, more extrapolates
     :param cfg_target: scaled value, in [-1, 1], that ``"cfg"`` asks for
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on: a name or an object; each has its own
+    :param clip_sample: bound of plans, in standard deviations from the data's mean, ``None`` for none
     """
 
     fixed_mask: th.Tensor
@@ -167,6 +168,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         cfg_scale: float = 2.0,
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
+        clip_sample: float | None = None,
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class, optimizer_kwargs)
         self.d_model, self.depth, self.critic_depth, self.head_dim = d_model, depth, critic_depth, head_dim
@@ -179,6 +181,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         #: Entries of an observation that a plan changes; a goal stays.
         self.free_dim = self.obs_dim - self.flatten.goal_dim
         self.latent_shape = (horizon - 1, self.free_dim)
+        self.clip_sample = clip_sample
         self._make_networks()
         self._guidances = self._make_guidances()
         self.guidance = guidance
@@ -205,7 +208,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
                 self.head_dim,
                 self.time_embedding_dim,
             ),
-            DiffusionProcess(make_schedule("vp", 0)),
+            DiffusionProcess(make_schedule("vp", 0), clip_sample=self.clip_sample),
             self.ema_decay,
         )
         action_process = DiffusionProcess(make_schedule("squaredcos_cap_v2", ACTION_TIMESTEPS), clip_sample=1.0)
@@ -379,7 +382,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ["d_model", "depth", "critic_depth", "head_dim", "time_embedding_dim", "net_arch", "activation_fn", "horizon"]
         names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "guidance", "train_for", "n_candidates"]
-        names += ["cg_scale", "cfg_scale", "cfg_target", "timestep_sampler"]
+        names += ["cg_scale", "cfg_scale", "cfg_target", "timestep_sampler", "clip_sample"]
         own = {name: getattr(self, name) for name in names}
         return {**super()._get_constructor_parameters(), **own, "critic": self.critic_name}
 

@@ -5,7 +5,13 @@ from typing import Any, Literal
 Domain = Literal["pointmaze", "antmaze", "kitchen", "locomotion"]
 Size = Literal["cpu", "paper"]
 
-_SMALL: dict[str, Any] = {"policy_kwargs": {"d_model": 64, "head_dim": 32}, "ema_decay": 0.999, "learning_rate": 1e-3}
+_SMALL: dict[str, Any] = {
+    "policy_kwargs": {"d_model": 48, "head_dim": 24, "net_arch": (128, 128)},
+    "batch_size": 64,
+    "ema_decay": 0.999,
+    "learning_rate": 1e-3,
+    "clip_sample": 3.0,
+}
 _FULL: dict[str, Any] = {"policy_kwargs": {"d_model": 256, "head_dim": 64}, "ema_decay": 0.9999}
 _POINT: dict[str, Any] = {"pad": "last", "velocity_indices": (2, 3), "discount": 0.99}
 # The flattened observation of AntMaze begins with 13 positions, then 14 velocities.
@@ -27,7 +33,7 @@ PRESETS: dict[Domain, dict[Size, dict[str, Any]]] = {
         "paper": {**_FULL, "horizon": 32, "stride": 4, "pad": "last"},
     },
     "locomotion": {
-        "cpu": {**_SMALL, **_FALLS},
+        "cpu": {**_SMALL, **_FALLS, "clip_sample": 10.0},
         "paper": {**_FULL, **_FALLS, "policy_kwargs": {"d_model": 256, "head_dim": 32}},
     },
 }

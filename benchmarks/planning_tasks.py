@@ -1,0 +1,103 @@
+"""What benchmarks/planning.py plans for: mazes whose goal is not observed, and locomotion."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from sb3_diffrl import OfflineDataset
+from sb3_diffrl.offline.makers.pointmaze import WaypointController
+from sb3_diffrl.planner import PRESETS
+
+# Goals drawn for the reward of a maze whose goal is not observed.
+N_GOALS = 64
+
+
+class Task(NamedTuple):
+    """A task of the benchmark.
+
+    :param dataset_id: what is learnt from
+    :param hides_goal: as in D4RL's Maze2D, plans are for position and velocity alone, and rewards are for the evaluation's goal
+    :param settings: of ``PG``
+    :param planner_steps: gradient steps of the planner
+    :param prior_steps: gradient steps of the prior
+    """
+
+    dataset_id: str
+    hides_goal: bool
+    settings: dict[str, Any]
+    planner_steps: int
+    prior_steps: int
+
+
+_MAZE = PRESETS["pointmaze"]["cpu"]
+_FAR = {**_MAZE, "horizon": 12, "stride": 20}
+_RUN = PRESETS["locomotion"]["cpu"]
+TASKS = {
+    "umaze": Task("sb3-diffrl/pointmaze/umaze-v0", True, _MAZE, 4_000, 2_000),
+    "medium": Task("sb3-diffrl/pointmaze/medium-v0", True, _FAR, 4_000, 2_000),
+    "umaze-goal": Task("sb3-diffrl/pointmaze/umaze-v0", False, _MAZE, 4_000, 2_000),
+    "medium-goal": Task("sb3-diffrl/pointmaze/medium-v0", False, _FAR, 4_000, 2_000),
+    "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000),
+    "halfcheetah-medium-replay": Task("sb3-diffrl/halfcheetah/medium-replay-v0", False, _RUN, 4_000, 2_000),
+}
+
+
+class HideGoal(gym.ObservationWrapper[np.ndarray, np.ndarray, Any]):
+    """Shows a maze's position and velocity, and not its goal."""
+
+    def __init__(self, env: gym.Env[Any, np.ndarray]) -> None:
+        super().__init__(env)
+        assert isinstance(env.observation_space, spaces.Dict)
+        self.observation_space = env.observation_space["observation"]
+
+    def observation(self, observation: dict[str, np.ndarray]) -> np.ndarray:
+        return observation["observation"]
+
+
+def for_hidden_goal(dataset: OfflineDataset, env: Any) -> OfflineDataset:
+    """A maze's dataset, without the journeys' own goals and with rewards for the goal of the evaluation.
+
+    The environment moves that goal within its cell at each reset, and a planner does not see it: the reward is the mean over
+    ``N_GOALS`` of them.
+
+    :param env: the evaluation environment
+    """
+    goals = np.stack([env.reset(seed=i)[0]["desired_goal"] for i in range(N_GOALS)])
+    after = dataset.observations[dataset.observation_rows + 1, :2]
+    rewards = np.zeros(dataset.n_steps, np.float32)
+    for goal in goals:
+        rewards += env.unwrapped.compute_reward(after, goal[None], {}).astype(np.float32) / N_GOALS
+    observations = np.ascontiguousarray(dataset.observations[:, :4])
+    assert isinstance(dataset.observation_space, spaces.Dict)
+    space = dataset.observation_space["observation"]
+    return dataclasses.replace(dataset, observations=observations, rewards=rewards, observation_space=space, sources=())
+
+
+def prepare(task: Task, dataset: OfflineDataset) -> tuple[OfflineDataset, Callable[[], gym.Env[Any, Any]]]:
+    """The data that a task is learnt from, and what makes its evaluation environment.
+
+    :param dataset: as it is on disk
+    """
+
+    def make() -> gym.Env[Any, Any]:
+        env = dataset.recover_environment(eval_env=True)
+        return HideGoal(env) if task.hides_goal else env
+
+    return for_hidden_goal(dataset, dataset.recover_environment(eval_env=True)) if task.hides_goal else dataset, make
+
+
+class Controller:
+    """The controller that made the mazes' datasets, without noise, as a model that ``predict()``s."""
+
+    def __init__(self, env: Any) -> None:
+        self.controller = WaypointController(env.unwrapped.maze)
+
+    def predict(self, observations: dict[str, np.ndarray], deterministic: bool = True) -> tuple[np.ndarray, None]:
+        """See ``BaseAlgorithm.predict()``."""
+        del deterministic
+        rows = [{key: value[i] for key, value in observations.items()} for i in range(len(observations["observation"]))]
+        return np.stack([self.controller(row) for row in rows]), None
