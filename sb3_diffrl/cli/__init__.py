@@ -1,0 +1,54 @@
+"""The command ``sb3-diffrl``: train, enjoy, evaluate, record, tune, plot, dataset, list."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from sb3_diffrl.cli.arguments import Parser, Subparsers
+
+__all__ = ["main", "make_parser"]
+
+#: What a shell reports for a program that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Parser of the whole command."""
+    from sb3_diffrl import __version__
+    from sb3_diffrl.cli import datasets, listing, playing, plotting, training
+
+    parser = Parser(
+        prog="sb3-diffrl",
+        description="Train, tune, evaluate, film and plot agents whose policies are samplers; make and record datasets.",
+        epilog="'sb3-diffrl COMMAND --help' tells the rest.",
+    )
+    parser.add_argument("--version", action="version", version=f"sb3_diffrl {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands: Subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (training, playing, plotting, datasets, listing):
+        module.add_commands(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    :param arguments: in place of the command line's
+    :return: exit code: 0, 1 after an error, 2 for a wrong command line, 130 if interrupted
+    """
+    args = make_parser().parse_args(arguments)
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does; nothing more may be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1

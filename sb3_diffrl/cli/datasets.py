@@ -1,0 +1,141 @@
+"""``dataset make|record|info|list``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sb3_diffrl.cli.arguments import Subparsers, add_compute, add_wrappers
+from sb3_diffrl.cli.playing import add_run, open_run
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Add the command."""
+    dataset = commands.add_parser("dataset", help="make, record and look at Minari datasets", description="Minari datasets.")
+    kinds: Subparsers = dataset.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    make = kinds.add_parser("make", help="make one of the package's datasets on this machine", description="Make a dataset.")
+    make.add_argument("id", help="e.g. sb3-diffrl/pointmaze/umaze-v0; 'dataset list' shows them")
+    make.add_argument("--n-steps", type=int, help="size of the dataset")
+    make.add_argument("--seed", type=int, default=0)
+    make.add_argument(
+        "--quick", action="store_true", help="a small stand-in for tests and demonstrations, under an id that says so"
+    )
+    make.add_argument("--overwrite", action="store_true", help="replace a dataset of this id")
+    make.add_argument("--cache", type=Path, help="folder of the locomotion training runs")
+    make.set_defaults(run=run_make)
+
+    record = kinds.add_parser(
+        "record", help="record a trained agent as a dataset", description="Record a trained agent's episodes as a dataset."
+    )
+    record.add_argument("id", help="of the new dataset: namespace/env/name-v0")
+    add_run(record)
+    size = record.add_mutually_exclusive_group(required=True)
+    size.add_argument("-n", "--n-episodes", type=int)
+    size.add_argument("--n-steps", type=int)
+    record.add_argument("--seed", type=int, default=0)
+    record.add_argument("--deterministic", action="store_true", help="deterministic actions, in place of drawn ones")
+    record.add_argument("--overwrite", action="store_true", help="replace a dataset of this id")
+    add_wrappers(record)
+    add_compute(record)
+    record.set_defaults(run=run_record)
+
+    info = kinds.add_parser("info", help="what a dataset holds", description="What a dataset on disk holds.")
+    info.add_argument("id")
+    info.set_defaults(run=run_info)
+
+    listed = kinds.add_parser("list", help="datasets on disk, and those that can be made", description="List datasets.")
+    listed.set_defaults(run=run_list)
+
+
+def run_make(args: argparse.Namespace) -> int:
+    """``dataset make``."""
+    from sb3_diffrl.offline.make import main
+
+    words = [args.id, "--seed", str(args.seed)]
+    words += [] if args.n_steps is None else ["--n-steps", str(args.n_steps)]
+    words += [] if args.cache is None else ["--cache", str(args.cache)]
+    words += ["--quick"] * args.quick + ["--overwrite"] * args.overwrite
+    main(words)
+    return 0
+
+
+def run_record(args: argparse.Namespace) -> int:
+    """``dataset record``."""
+    from minari.storage import get_dataset_path
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import unwrap_vec_normalize
+
+    from sb3_diffrl.offline import record_dataset
+
+    run = open_run(args)
+    env = run.make_env(args.wrapper, 1, args.seed, trust=args.trust)
+    try:
+        model = run.load(run.model_path(args.best, args.checkpoint), env, args.device, args.seed)
+        if unwrap_vec_normalize(env) is not None:
+            model.set_env(env)
+        inner = env.get_attr("env", 0)[0] if isinstance(env.unwrapped.envs[0], Monitor) else env.unwrapped.envs[0]  # type: ignore[attr-defined]
+        dataset = record_dataset(
+            model,
+            inner,
+            args.id,
+            n_episodes=args.n_episodes,
+            n_steps=args.n_steps,
+            seed=args.seed,
+            deterministic=args.deterministic,
+            overwrite=args.overwrite,
+            progress_bar=True,
+            algorithm_name=type(model).__name__,
+        )
+    finally:
+        env.close()
+    print(f"{dataset.id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps, in {get_dataset_path(dataset.id)}")
+    return 0
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """``dataset info``."""
+    import numpy as np
+
+    from sb3_diffrl.offline import OfflineDataset
+
+    dataset = OfflineDataset.load(args.id)
+    source = dataset.sources[0]
+    returns = dataset.episode_returns
+    lines: dict[str, Any] = {
+        "id": args.id,
+        "episodes": source.total_episodes,
+        "steps": dataset.n_steps,
+        "observations": dataset.observation_space,
+        "actions": dataset.action_space,
+        "returns": f"mean {np.mean(returns):.2f}, from {np.min(returns):.2f} to {np.max(returns):.2f}",
+        "env": None if dataset.env_spec is None else dataset.env_spec.id,
+        "on disk": source.storage.data_path,
+    }
+    known = source.storage.metadata
+    lines.update(
+        {
+            key: known[key]
+            for key in ("algorithm_name", "description", "ref_min_score", "ref_max_score", "provenance")
+            if key in known
+        }
+    )
+    for name, value in lines.items():
+        print(f"{name:14s} {value}")
+    return 0
+
+
+def run_list(_: argparse.Namespace) -> int:
+    """``dataset list``."""
+    import minari
+
+    from sb3_diffrl.offline.makers import DATASET_IDS
+
+    local = minari.list_local_datasets()
+    print("On disk:" if local else "On disk: none.")
+    for name, known in sorted(local.items()):
+        print(f"  {name}  {known.get('total_episodes', '?')} episodes, {known.get('total_steps', '?')} steps")
+    print("To be made on this machine (sb3-diffrl dataset make ID):")
+    for name in DATASET_IDS:
+        if name not in local:
+            print(f"  {name}")
+    return 0

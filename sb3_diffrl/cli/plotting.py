@@ -1,0 +1,7 @@
+"""``plot``."""
+
+from sb3_diffrl.cli.arguments import Subparsers
+
+
+def add_commands(commands: Subparsers) -> None:
+    """Add the command."""

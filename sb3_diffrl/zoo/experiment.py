@@ -1,0 +1,240 @@
+"""RL Zoo's experiment manager, with safe configurations, datasets, folders of their own, and runs that stop and go on."""
+
+import itertools
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from pprint import pprint
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS, get_latest_run_id
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.utils import get_system_info
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_diffrl.configs import dump_yaml, load_yaml, nearest, packaged_hyperparams, resolve
+from sb3_diffrl.offline.recording import versions
+from sb3_diffrl.planner.presets import PRESETS
+from sb3_diffrl.zoo.wrappers import as_env_wrapper, joined
+
+
+class StopOnSignal(BaseCallback):
+    """Ends training at the next step when the user presses Ctrl-C or the system says terminate; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nStopping at the next step, to save; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+
+    def _on_step(self) -> bool:
+        return not self.asked
+
+
+class Experiment(ExperimentManager):
+    """RL Zoo's ``ExperimentManager``, see the module. Arguments are RL Zoo's; further ones are read from ``args``:
+
+    ``dataset`` (id of a Minari dataset), ``entry`` (file with the settings of one task, in place of one with many), ``wrapper``
+    (RL Zoo's ``env_wrapper`` entries, outermost last), ``resume`` (folder of the run to go on with), ``trust`` (the configuration
+    may name code of any package). All may be missing.
+    """
+
+    interrupted = False
+
+    def _argument(self, name: str) -> Any:
+        return getattr(self.args, name, None)
+
+    # ------------------------------------------------------------------ settings
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings of the task, as RL Zoo's method of this name, but read as data.
+
+        :return: what the algorithm gets, and what the run's folder keeps
+        :raises ValueError: if there are none for the task; the message names the nearest
+        """
+        ours = packaged_hyperparams(self.algo)
+        if not Path(self.config).exists() and ours.exists():
+            self.config = str(ours)
+        if self._argument("entry") is None and not self.config.endswith((".yml", ".yaml")):
+            return super().read_hyperparameters()
+        hyperparams = self._entry()
+        resolve(hyperparams, bool(self._argument("trust")))  # refuses code
+        if self.storage and self.study_name and self.trial_id is not None:
+            hyperparams.update(self.load_trial(self.storage, self.study_name, self.trial_id))
+        hyperparams.update(self.custom_hyperparams or {})
+        hyperparams = _with_preset(hyperparams)
+        if self._argument("dataset"):
+            hyperparams["dataset"] = self.args.dataset
+        wrappers = joined(hyperparams.get("env_wrapper"), self._argument("wrapper"))
+        if wrappers:
+            hyperparams["env_wrapper"] = wrappers
+        if self.env_kwargs:
+            hyperparams["env_kwargs"] = self.env_kwargs
+        elif "env_kwargs" in hyperparams and self._eval_env_kwargs_args is None:
+            self.eval_env_kwargs = hyperparams["env_kwargs"]
+        saved = dict(sorted(hyperparams.items()))
+        if self.verbose > 0:
+            print("Settings:")
+            pprint(saved)
+        # What was typed on the command line is the user's own word.
+        resolved = resolve(hyperparams, trust=True)
+        if wrappers:
+            resolved["env_wrapper"] = as_env_wrapper(wrappers)
+        return resolved, saved
+
+    def _entry(self) -> dict[str, Any]:
+        if self._argument("entry") is not None:
+            return dict(load_yaml(self.args.entry))
+        tasks = load_yaml(self.config)
+        if not isinstance(tasks, dict):
+            raise ValueError(f"{self.config} does not hold settings by task.")
+        names = [name for name in (self._argument("dataset"), self.env_name.gym_id, "default") if name is not None]
+        for name in names:
+            if name in tasks:
+                if self.verbose > 0:
+                    print(f"Settings for {name}, from {self.config}")
+                return dict(tasks[name])
+        raise ValueError(f"{self.config} has no settings for {names[0]}, and no `default`.{nearest(names[0], tasks)}")
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        # Plain YAML, where RL Zoo writes Python objects.
+        folder = Path(self.params_path)
+        with (folder / "command.txt").open("a") as file:
+            file.write(" ".join(sys.orig_argv) + "\n")
+        if self._argument("resume"):
+            return
+        dump_yaml({**saved_hyperparams, "n_timesteps": self.n_timesteps}, folder / "config.yml")
+        dump_yaml({name: value for name, value in vars(self.args).items() if not callable(value)}, folder / "args.yml")
+        described = {
+            "algo": self.algo,
+            "env": self.env_name.gym_id,
+            "dataset": saved_hyperparams.get("dataset"),
+            "seed": self.seed,
+            "n_timesteps": self.n_timesteps,
+            "versions": versions(),
+            "system": get_system_info(print_info=False)[0],
+        }
+        dump_yaml(described, folder / "run.yml")
+        print(f"Log path: {self.save_path}")
+
+    # ------------------------------------------------------------------ folders
+
+    def create_log_folder(self) -> None:
+        """Take a folder that nobody has: the next number, also where several runs start at once."""
+        if self._argument("resume"):
+            self.save_path = str(self.args.resume)
+        elif not self._argument("uuid"):
+            name = f"tune-{self.env_name}" if self.optimize_hyperparameters else str(self.env_name)
+            for number in itertools.count(get_latest_run_id(self.log_path, name) + 1):
+                self.save_path = os.path.join(self.log_path, f"{name}_{number}")
+                try:
+                    os.makedirs(self.save_path)
+                except FileExistsError:
+                    continue
+                break
+        self.params_path = os.path.join(self.save_path, str(self.env_name))
+        os.makedirs(self.params_path, exist_ok=True)
+        if self._argument("resume"):
+            self._keep_monitor_files()
+
+    def _keep_monitor_files(self) -> None:
+        # Monitor starts its files anew; SB3's load_results() reads all that end in monitor.csv.
+        for path in sorted(Path(self.save_path).glob("[0-9]*.monitor.csv")):
+            part = next(n for n in itertools.count(1) if not path.with_name(f"part{n}-{path.name}").exists())
+            path.rename(path.with_name(f"part{part}-{path.name}"))
+
+    def create_callbacks(self) -> None:
+        """RL Zoo's callbacks; in a resumed run, evaluations go on where they were."""
+        super().create_callbacks()  # type: ignore[no-untyped-call]
+        path = Path(self.save_path) / "evaluations.npz"
+        if not (self._argument("resume") and path.exists()):
+            return
+        for callback in self.callbacks:
+            if isinstance(callback, EvalCallback):
+                with np.load(path) as data:
+                    callback.evaluations_timesteps = data["timesteps"].tolist()
+                    callback.evaluations_results = [list(row) for row in data["results"]]
+                    callback.evaluations_length = [list(row) for row in data["ep_lengths"]]
+                callback.best_mean_reward = float(max(np.mean(row) for row in callback.evaluations_results))
+
+    # ------------------------------------------------------------------ training
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if not self._argument("resume"):
+            return super()._load_pretrained_agent(hyperparams, env)
+        # The model has its settings; what RL Zoo would set again starts the generators anew.
+        model: BaseAlgorithm = ALGOS[self.algo].load(
+            self.trained_agent, env=env, device=self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
+        )
+        replay_buffer = Path(self.save_path) / "replay_buffer.pkl"
+        if hasattr(model, "load_replay_buffer"):
+            if replay_buffer.exists():
+                model.load_replay_buffer(replay_buffer)
+            else:
+                print("There is no replay buffer in the folder: it starts empty.")
+        return model
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """Train, as RL Zoo's method of this name. ``interrupted`` tells afterwards whether it was stopped by the user.
+
+        :param model: new, or the one to go on with
+        """
+        resumed = bool(self._argument("resume"))
+        remaining = self.n_timesteps - (model.num_timesteps if resumed else 0)
+        log: dict[str, Any] = {}
+        if self.log_interval != -1:
+            log["log_interval"] = self.log_interval if self.log_interval > -1 else None
+        stop = StopOnSignal()
+        try:
+            with stop:
+                if remaining > 0:
+                    model.learn(remaining, callback=[*self.callbacks, stop], reset_num_timesteps=not resumed, **log)
+        except KeyboardInterrupt:
+            stop.asked = True
+            for callback in self.callbacks:
+                if isinstance(callback, ProgressBarCallback):
+                    callback.on_training_end()
+        finally:
+            if model.env is not None:
+                model.env.close()
+        self.interrupted = stop.asked and model.num_timesteps < self.n_timesteps
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """Save the model, and what going on needs if it was interrupted."""
+        self.save_replay_buffer = self.save_replay_buffer or self.interrupted
+        super().save_trained_model(model)
+
+
+def _with_preset(hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of ``preset: domain/size`` beneath the others.
+
+    :raises ValueError: if there is none of this name
+    """
+    if "preset" not in hyperparams:
+        return hyperparams
+    name = str(hyperparams["preset"])
+    known = {f"{domain}/{size}": settings for domain, sizes in PRESETS.items() for size, settings in sizes.items()}
+    if name not in known:
+        raise ValueError(f"There is no preset {name!r}: they are {', '.join(known)}.{nearest(name, known)}")
+    others = {key: value for key, value in hyperparams.items() if key != "preset"}
+    return {**known[name], **others}
