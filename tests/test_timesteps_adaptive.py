@@ -114,7 +114,7 @@ def test_the_swept_times_choose_the_next_rewards() -> None:
     sampler = training.sampler
     assert isinstance(sampler, AdaptiveTimestepSampler)
     training.steps(2)
-    assert sampler.selected_timesteps.tolist() == [0, 2]  # the start: too few sweeps
+    assert sampler.selected_timesteps.tolist() == [1, 3]  # the start: too few sweeps
     training.steps(4)
     assert th.equal(sampler.selected, most_correlated(sampler.queue[:6], 2))
     training.steps(30)  # the queue goes around
@@ -125,7 +125,7 @@ def test_the_swept_times_choose_the_next_rewards() -> None:
 @pytest.mark.parametrize("baseline", ["moving_average", "batch", None])
 def test_mass_moves_into_the_band_where_the_bound_falls(baseline: Any) -> None:
     """Each row has an error that only its own training at times 60 .. 89 lowers."""
-    sampler = AdaptiveTimestepSampler(learning_rate=3e-3, update_frequency=1, baseline=baseline)
+    sampler = AdaptiveTimestepSampler(3e-3, update_frequency=1, baseline=baseline, entropy="bonus", ent_coef=0.1)
     th.manual_seed(0)
     sampler.setup(process(), (3,))
     generator = rng()
@@ -150,7 +150,7 @@ def test_mass_moves_into_the_band_where_the_bound_falls(baseline: Any) -> None:
 
 def test_density_depends_on_the_data() -> None:
     """Rows of two kinds: one is helped by early times, the other by late ones."""
-    sampler = AdaptiveTimestepSampler(learning_rate=3e-3, update_frequency=1)
+    sampler = AdaptiveTimestepSampler(learning_rate=3e-3, update_frequency=1, entropy="bonus", ent_coef=0.1)
     th.manual_seed(0)
     sampler.setup(process(), (2,))
     generator = rng()
@@ -168,6 +168,32 @@ def test_density_depends_on_the_data() -> None:
     t = sampler.sample(x0.repeat(20, 1), rng(1)).t.view(20, 128).float()
     assert float(t[:, kind == 0].mean()) < 35
     assert float(t[:, kind == 1].mean()) > 65
+
+
+@pytest.mark.parametrize("schedule", ["linear", "vp"])
+def test_without_a_reward_the_density_is_the_root_of_the_swept_terms(schedule: Any) -> None:
+    """The step changes nothing. A Beta that is fitted by its likelihood has the mean logarithms of what it is fitted to."""
+    sampler = AdaptiveTimestepSampler(learning_rate=3e-2, update_frequency=1, sweep_size=50)
+    th.manual_seed(0)
+    sampler.setup(process(schedule), (3,))
+    fraction = (th.arange(50) + 0.5) / 50
+    times, root = sampler.process.schedule.timesteps_at(fraction), fraction**-0.4 * (1 - fraction) ** 0.8
+    generator = rng()
+
+    def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        offset = sampler.process.schedule.bound_coefficients(t).offset / th.tensor(2.0).log()
+        terms: th.Tensor = root[th.searchsorted(times, t).clamp(max=49)].square() + offset
+        return terms
+
+    for _ in range(100):
+        x0 = th.randn(16, 3, generator=generator)
+        sampler.sample(x0, generator)
+        with sampler.around_step(x0, th.ones(16), bound_terms, generator):
+            pass
+    a, b = sampler.info()["alpha"], sampler.info()["beta"]
+    for concentration, log in ((a, fraction.log()), (b, (1 - fraction).log())):
+        expected = (root * log).sum() / root.sum()
+        th.testing.assert_close(th.digamma(concentration) - th.digamma(a + b), expected, rtol=0.05, atol=0)
 
 
 # ------------------------------------------------------------------ bounds and guards

@@ -86,7 +86,9 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     * the terms before and after a step are measured with the same noise, so that their difference shows the step alone;
     * the reward is divided by its running standard deviation, and compared with its running mean;
-    * the entropy is differentiated, not part of the reward;
+    * the entropy, which draws the policy towards the uniform density, gives way to the likelihood of a density that the sweeps
+      measure: the root of the bound's terms, as in importance sampling of the bound (2102.09672, eq. 18). The reward shifts the
+      policy from there;
     * concentrations are bounded and some draws are uniform, so that no time is ever left out for good;
     * the sweep goes over ``sweep_size`` times;
     * times are chosen by the sweeps before this one (the terms before the step are measured while the model has not made it), and
@@ -102,8 +104,10 @@ class AdaptiveTimestepSampler(TimestepSampler):
     :param common_noise: the same noise before and after the model's step
     :param baseline: what rewards are compared with: ``"moving_average"``, ``"batch"`` (the minibatch's mean) or ``None``
     :param normalize_reward: divide the reward by its running standard deviation
-    :param entropy: ``"bonus"``: differentiated; ``"reward"``: part of the reward, as published
-    :param ent_coef: coefficient of the entropy
+    :param entropy: what keeps the policy wide. ``"sweep"``: the likelihood of times drawn in proportion to the root of the swept
+        terms, before the step, less those of a perfect model; ``"bonus"``: the entropy, differentiated; ``"reward"``: the entropy
+        as part of the reward, as published
+    :param ent_coef: coefficient of the likelihood or of the entropy
     :param max_grad_norm: largest norm of the policy's gradient
     :param concentration_range: bounds of the Beta's concentrations, ``None`` for none
     :param uniform_floor: share of uniform draws
@@ -116,11 +120,12 @@ class AdaptiveTimestepSampler(TimestepSampler):
     queue: th.Tensor
     sweep_timesteps: th.Tensor
     reward_moments: th.Tensor
+    terms: th.Tensor
     selected: th.Tensor
 
     def __init__(
         self,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 1e-2,
         update_frequency: int = 40,
         queue_size: int = 20,
         n_selected: int = 3,
@@ -129,8 +134,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         common_noise: bool = True,
         baseline: Literal["moving_average", "batch"] | None = "moving_average",
         normalize_reward: bool = True,
-        entropy: Literal["bonus", "reward"] = "bonus",
-        ent_coef: float = 0.1,
+        entropy: Literal["sweep", "bonus", "reward"] = "sweep",
+        ent_coef: float = 1.0,
         max_grad_norm: float = 1.0,
         concentration_range: tuple[float, float] | None = (0.2, 5.0),
         uniform_floor: float = 0.05,
@@ -141,8 +146,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         super().__init__(weighting)
         if baseline not in ("moving_average", "batch", None):
             raise ValueError(f"Unknown `baseline` {baseline!r}, choose 'moving_average', 'batch' or None.")
-        if entropy not in ("bonus", "reward"):
-            raise ValueError(f"Unknown `entropy` {entropy!r}, choose 'bonus' or 'reward'.")
+        if entropy not in ("sweep", "bonus", "reward"):
+            raise ValueError(f"Unknown `entropy` {entropy!r}, choose 'sweep', 'bonus' or 'reward'.")
         if not 0 <= uniform_floor < 1:
             raise ValueError(f"`uniform_floor` must be in [0, 1), got {uniform_floor!r}.")
         if not 0 <= statistics_decay < 1:
@@ -195,6 +200,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         self.register_buffer("queue", th.zeros(self.queue_size, len(sweep), device=device))
         # Decayed weight, sum and sum of squares of the rewards
         self.register_buffer("reward_moments", th.zeros(3, device=device))
+        # Decayed sum of the swept terms
+        self.register_buffer("terms", th.zeros(len(sweep), device=device))
         # Columns of the sweep
         self.register_buffer("selected", th.arange(self.n_selected, device=device))
         self._n_steps = self._n_sweeps = 0
@@ -203,13 +210,11 @@ class AdaptiveTimestepSampler(TimestepSampler):
         return super().setup(process, x0_shape)
 
     def _sweep_timesteps(self, process: DiffusionProcess) -> th.Tensor:
-        n_times = process.schedule.num_train_timesteps
-        if n_times is not None:
-            n = min(self.sweep_size or n_times, n_times)
-            return th.arange(n) * n_times // n
-        if self.sweep_size is None:
+        n = self.sweep_size or process.schedule.num_train_timesteps
+        if n is None:
             raise ValueError("Continuous time cannot be swept whole: give the number of times as `sweep_size`.")
-        return process.schedule.timesteps_at(th.linspace(0, 1, self.sweep_size, device=process.schedule.device))
+        n = min(n, process.schedule.num_train_timesteps or n)
+        return process.schedule.timesteps_at((th.arange(n, device=process.schedule.device) + 0.5) / n)
 
     # ------------------------------------------------------------------ drawing
 
@@ -267,8 +272,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         if not self.common_noise:
             noise = th.randn(len(rows), *x0.shape[1:], device=device, generator=generator)
         drop = before - self._terms(bound_terms, rows, t, noise)
+        self._observe(before[:n_sweep], drop[:n_sweep])
         self._learn(x0, fraction, drop[n_sweep:].view(len(x0), self.n_selected).sum(1))
-        self._select(drop[:n_sweep])
         self._seconds += time.perf_counter() - begin
 
     @th.no_grad()
@@ -286,7 +291,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         """
         beta = self.policy(x0)
         entropy = beta.entropy()
-        reward = drop if self.entropy == "bonus" else drop + self.ent_coef * entropy.detach()
+        reward = drop + self.ent_coef * entropy.detach() if self.entropy == "reward" else drop
         moments = mean_over_processes(th.stack([th.ones_like(reward[0]), reward.mean(), reward.square().mean()]))
         if not th.isfinite(moments).all():
             return  # the model's step went wrong, which the policy is not to learn from
@@ -301,6 +306,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         loss = -(self._log_density(beta, fraction) * advantage).mean()
         if self.entropy == "bonus":
             loss = loss - self.ent_coef * entropy.mean()
+        elif self.entropy == "sweep":
+            loss = loss - self.ent_coef * self._likelihood(beta).mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._average_gradients()
@@ -313,20 +320,32 @@ class AdaptiveTimestepSampler(TimestepSampler):
             selected = self.process.schedule.network_time(self.selected_timesteps.sort().values)
             self._metrics |= {f"selected_{i}": time for i, time in enumerate(selected)}
 
+    def _likelihood(self, beta: th.distributions.Beta) -> th.Tensor:
+        """Mean log-likelihood of times drawn in proportion to the root of the swept terms, ``(batch,)``."""
+        p = self.terms.sqrt()
+        p = p / p.sum().clamp(min=1e-30)
+        fraction = (th.arange(len(p), device=p.device) + 0.5) / len(p)
+        log_u, log_rest = (p * fraction.log()).sum(), (p * (1 - fraction).log()).sum()
+        a, b = beta.concentration1, beta.concentration0
+        return (a - 1) * log_u + (b - 1) * log_rest + th.lgamma(a + b) - th.lgamma(a) - th.lgamma(b)
+
     def _average_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
         flat = mean_over_processes(th.cat([gradient.flatten() for gradient in gradients]))
         for gradient, mean in zip(gradients, th.split(flat, [gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def _select(self, drops: th.Tensor) -> None:
-        """Put a sweep in the queue, and choose times by all that are there.
+    def _observe(self, terms: th.Tensor, drops: th.Tensor) -> None:
+        """Put a sweep in the running sum of terms and in the queue, and choose times by all that are there.
 
-        :param drops: drop of the bound's terms at the times of the sweep, ``(n_sweep,)``
+        :param terms: the bound's terms at the times of the sweep before the step, ``(n_sweep,)``
+        :param drops: by how much they fell, ``(n_sweep,)``
         """
-        drops = mean_over_processes(drops)
+        terms, drops = mean_over_processes(th.stack([terms, drops]))
         if not th.isfinite(drops).all():
             return
+        perfect = self.process.schedule.bound_coefficients(self.sweep_timesteps).offset / math.log(2)
+        self.terms.mul_(self.statistics_decay).add_((terms - perfect).clamp(min=0))
         self.queue[self._n_sweeps % self.queue_size] = drops
         self._n_sweeps += 1
         if self._n_sweeps >= 3:
