@@ -70,7 +70,7 @@ def run_record(args: argparse.Namespace) -> int:
     run = open_run(args)
     env = run.make_env(args.wrapper, 1, args.seed, trust=args.trust)
     try:
-        model = run.load(run.model_path(args.best, args.checkpoint), env, args.device, args.seed)
+        model = run.load(run.model_path(args.best, args.checkpoint), env, args.device, args.seed, args.trust)
         if unwrap_vec_normalize(env) is not None:
             model.set_env(env)
         inner = env.get_attr("env", 0)[0] if isinstance(env.unwrapped.envs[0], Monitor) else env.unwrapped.envs[0]  # type: ignore[attr-defined]

@@ -88,10 +88,9 @@ def _play(args: argparse.Namespace, wrappers: list[Any], render_mode: str | None
     run = open_run(args)
     if args.num_threads > 0:
         th.set_num_threads(args.num_threads)
-    # --wrapper is the user's own word.
     env = run.make_env(wrappers, getattr(args, "n_envs", 1), args.seed, render_mode, args.trust)
     try:
-        model = run.load(run.model_path(args.best, args.checkpoint), env, args.device, args.seed)
+        model = run.load(run.model_path(args.best, args.checkpoint), env, args.device, args.seed, args.trust)
         seen = 0
 
         def show(local: dict[str, Any], _: dict[str, Any]) -> None:

@@ -15,9 +15,10 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
-from stable_baselines3.common.utils import get_system_info
+from stable_baselines3.common.utils import LinearSchedule, get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_diffrl.common import CosineSchedule
 from sb3_diffrl.configs import dump_yaml, load_yaml, nearest, packaged_hyperparams, resolve
 from sb3_diffrl.offline.recording import versions
 from sb3_diffrl.planner.presets import PRESETS
@@ -137,6 +138,19 @@ class Experiment(ExperimentManager):
         dump_yaml(described, folder / "run.yml")
         print(f"Log path: {self.save_path}")
 
+    @staticmethod
+    def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        # RL Zoo's own linear schedule is not among what a saved model is loaded with unless it is trusted.
+        value = hyperparams.get("learning_rate")
+        if isinstance(value, str):
+            kind, _, start = value.partition("_")
+            if kind not in ("lin", "cos"):
+                raise ValueError(f"The learning rate {value!r} is neither a number nor lin_<start> nor cos_<start>.")
+            schedule = LinearSchedule(float(start), 0.0, 1.0) if kind == "lin" else CosineSchedule(float(start))
+            others = {name: entry for name, entry in hyperparams.items() if name != "learning_rate"}
+            return {**ExperimentManager._preprocess_schedules(others), "learning_rate": schedule}
+        return ExperimentManager._preprocess_schedules(hyperparams)
+
     # ------------------------------------------------------------------ folders
 
     def create_log_folder(self) -> None:
@@ -168,7 +182,7 @@ class Experiment(ExperimentManager):
         super().create_callbacks()  # type: ignore[no-untyped-call]
         path = Path(self.save_path) / "evaluations.npz"
         if not (self._argument("resume") and path.exists()):
-            return
+            return  # a run that starts
         for callback in self.callbacks:
             if isinstance(callback, EvalCallback):
                 with np.load(path) as data:

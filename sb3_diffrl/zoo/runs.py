@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_diffrl.configs import dump_yaml, imported_names, load_yaml, nearest, resolve
 from sb3_diffrl.offline.spaces import check_same_spaces
+from sb3_diffrl.saving.model import SafeSaving
 from sb3_diffrl.zoo.datasets import register_dataset
 from sb3_diffrl.zoo.wrappers import WrapperEntry, as_env_wrapper, joined
 
@@ -79,13 +80,14 @@ class Run:
             raise FileNotFoundError(f"There is no {path}. Models in the folder: {others}.")
         return path
 
-    def load(self, path: Path, env: VecEnv, device: str = "auto", seed: int = 0) -> BaseAlgorithm:
+    def load(self, path: Path, env: VecEnv, device: str = "auto", seed: int = 0, trust: bool = False) -> BaseAlgorithm:
         """Load an agent for evaluation.
 
         :param path: see ``model_path()``
         :param env: what it will see, for a check
         :param device: where to compute
         :param seed: seed of its random actions
+        :param trust: load the package's agents as SB3 does, running what the file holds: for policies of your own
         :raises ValueError: if its spaces are not the env's
         """
         # A buffer is not needed to act; off-policy algorithms alone have one.
@@ -93,7 +95,9 @@ class Run:
         if extra and self.hyperparams.get("optimize_memory_usage"):
             extra["optimize_memory_usage"] = False
         if "HerReplayBuffer" in str(self.hyperparams.get("replay_buffer_class", "")):
-            extra = {"env": env}
+            extra = {"env": env}  # hindsight needs its rewards
+        if trust and issubclass(ALGOS[self.algo], SafeSaving):
+            extra["trusted"] = True
         model: BaseAlgorithm = ALGOS[self.algo].load(path, device=device, **extra)
         try:
             check_same_spaces(
