@@ -12,7 +12,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
-from sb3_diffrl.offline.reading import DatasetSource, open_datasets, read_episodes
+from sb3_diffrl.offline.environments import check_env_spec
+from sb3_diffrl.offline.reading import DatasetSource, check_size, open_datasets, read_episodes
 from sb3_diffrl.offline.spaces import ObservationFlattener
 
 
@@ -62,6 +63,7 @@ class OfflineDataset:
         flatten, flatten_action = ObservationFlattener(observation_space), ObservationFlattener(action_space)
         n_steps = sum(source.total_steps for source in sources)
         n_episodes = sum(source.total_episodes for source in sources)
+        check_size(sources, 4 * ((n_steps + n_episodes) * flatten.dim + n_steps * flatten_action.dim))
 
         observations = np.empty((n_steps + n_episodes, flatten.dim), np.float32)
         actions = np.empty((n_steps, flatten_action.dim), np.float32)
@@ -154,15 +156,19 @@ class OfflineDataset:
         return Windows.make(self, horizon, stride, pad)
 
     def recover_environment(self, eval_env: bool = True) -> gym.Env[Any, Any]:
-        """Rebuild the environment of the (first) dataset.
+        """Rebuild the environment of the (first) dataset: one that is registered here, with wrappers that are known here.
 
         :param eval_env: the one to evaluate in, where it is another
         :raises ValueError: if it cannot be rebuilt, with the reason
         """
         if not self.sources:
             raise ValueError("This dataset was not read from disk: it does not know its environment. Give one.")
+        source = self.sources[0]
         try:
-            env: gym.Env[Any, Any] = self.sources[0].recover_environment(eval_env=eval_env)
+            for spec in (source.env_spec, source._eval_env_spec):
+                if spec is not None:
+                    check_env_spec(spec)
+            env: gym.Env[Any, Any] = source.recover_environment(eval_env=eval_env)
         except Exception as error:
             raise ValueError(
                 f"The environment of dataset {self.ids[0]!r} cannot be rebuilt ({type(error).__name__}: {error}). Install the "

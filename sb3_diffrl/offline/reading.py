@@ -14,6 +14,9 @@ from sb3_diffrl.offline.episodes import check_episode
 from sb3_diffrl.offline.spaces import check_same_spaces
 from sb3_diffrl.offline.writing import check_id
 
+# A dataset's arrays in memory, at most: so many bytes, and so many times the bytes on disk
+LEAST_BYTES, LARGEST_RATIO = 2**28, 500
+
 DatasetSource: TypeAlias = str | minari.MinariDataset
 
 
@@ -40,6 +43,20 @@ def open_datasets(dataset: DatasetSource | Sequence[DatasetSource]) -> tuple[min
             (source.observation_space, source.action_space),
         )
     return opened
+
+
+def check_size(sources: Sequence[minari.MinariDataset], n_bytes: int) -> None:
+    """Check that datasets are not much larger in memory than on disk: what a damaged or hostile one says is not believed.
+
+    :param n_bytes: what they will take
+    :raises ValueError: if they are
+    """
+    on_disk = sum(path.stat().st_size for source in sources for path in Path(source.storage.data_path).rglob("*"))
+    if not 0 <= n_bytes <= LEAST_BYTES + LARGEST_RATIO * on_disk:
+        raise ValueError(
+            f"Dataset {sources[0].id!r} would take {n_bytes / 2**30:.3g} GiB of memory, and has {on_disk / 2**30:.3g} GiB on disk: "
+            "it is damaged, or has discrete observations with too many values to be one-hot vectors."
+        )
 
 
 def _open(dataset_id: str) -> minari.MinariDataset:

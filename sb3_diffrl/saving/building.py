@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Networks, their copies and what initialises them, in units of the file's size; and what the smallest file may take
 FACTOR, ROOM = 8, 64 * 2**20
 # What a tensor costs however small it is
-OVERHEAD = 2048
+OVERHEAD = 16384
 
 # Operations that take a size from their arguments, and where it is
 SIZES = {"empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint", "new_empty", "new_zeros", "new_full"}

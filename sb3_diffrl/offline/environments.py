@@ -1,0 +1,48 @@
+"""The environments that datasets name: a file says which, and must not say what to run."""
+
+import importlib
+import sys
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
+
+# They write files where their arguments say.
+WRITERS = {"Monitor", "RecordVideo"}
+
+
+def check_env_spec(spec: EnvSpec) -> None:
+    """Check that a specification from a file names an environment and wrappers that this program knows.
+
+    ``gymnasium.make`` calls whatever function a specification names, with whatever arguments. Here the environment is one that is
+    registered under the specification's id, and the wrappers are wrapper classes of Gymnasium or of modules that were imported.
+
+    :raises ValueError: if it is another, with what to do
+    """
+    registered = gym.registry.get(spec.id)
+    if registered is None or _text(registered.entry_point) != _text(spec.entry_point):
+        here = "none" if registered is None else f"another, {_text(registered.entry_point)}"
+        raise ValueError(
+            f"it is {spec.id!r} at {_text(spec.entry_point)}, and {here} is registered here under that id. Import the package that "
+            "registers it"
+        )
+    if spec.id.startswith("GymV2"):
+        raise ValueError(f"{spec.id!r} makes whatever environment its arguments name")
+    for wrapper in spec.additional_wrappers:
+        _check_wrapper(wrapper)
+
+
+def _check_wrapper(wrapper: WrapperSpec) -> None:
+    module, _, name = str(wrapper.entry_point).partition(":")
+    if module.startswith("gymnasium.wrappers."):
+        importlib.import_module(module)
+    found = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, gym.Wrapper)):
+        raise ValueError(
+            f"it has the wrapper {wrapper.entry_point!r}, which is not imported, or no wrapper. Import {module!r} first"
+        )
+    if found.__name__ in WRITERS:
+        raise ValueError(f"it has the wrapper {wrapper.entry_point!r}, which writes files")
+
+
+def _text(entry_point: object) -> str:
+    return f"{entry_point.__module__}:{entry_point.__qualname__}" if isinstance(entry_point, type) else str(entry_point)

@@ -1,0 +1,194 @@
+"""Files from anywhere: a clear error or the right model; nothing is run, nothing is written, memory stays bounded."""
+
+import io
+import json
+import resource
+import tracemalloc
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
+
+from sb3_diffrl import LQL, NCLQL, DiffusionBC, OfflineDataset
+from sb3_diffrl.offline.writing import DatasetWriter
+from sb3_diffrl.saving import ModelFileError
+from sb3_diffrl.saving.archive import ENTRY
+
+from .envs import box_env
+from .mutations import MARK_VARIABLE, MUTATIONS, Planted, pack, unpack
+from .test_saving import tiny_dataset
+
+SEEDS = 11
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, tuple[type[Any], bytes, dict[str, th.Tensor]]]:
+    models: list[Any] = [
+        NCLQL(
+            "MlpPolicy", box_env(), buffer_size=100, policy_kwargs={"net_arch": [8]}, learning_starts=5, batch_size=8, device="cpu"
+        ).learn(10),
+        DiffusionBC("MlpPolicy", dataset=tiny_dataset(), policy_kwargs={"net_arch": [8]}, device="cpu", seed=0),
+    ]
+    found = {}
+    for model in models:
+        buffer = io.BytesIO()
+        model.save(buffer)
+        found[type(model).__name__] = (type(model), buffer.getvalue(), model.policy.state_dict())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("algorithm", ["NCLQL", "DiffusionBC"])
+def test_a_mutated_file_is_an_error_or_the_right_model(
+    algorithm: str, mutation: str, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, content, weights = files[algorithm]
+    monkeypatch.setenv(MARK_VARIABLE, str(tmp_path / "mark"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.zip"
+    messages = []
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(SEEDS):
+        path.write_bytes(MUTATIONS[mutation](content, np.random.default_rng([seed, zlib.crc32(mutation.encode())])))
+        try:
+            loaded = cls.load(path, device="cpu")
+        except ModelFileError as error:
+            messages.append(str(error))
+        else:
+            assert {name: value.shape for name, value in loaded.policy.state_dict().items()} == {
+                name: value.shape for name, value in weights.items()
+            }
+        assert [file.name for file in tmp_path.iterdir()] == ["model.zip"], f"seed {seed} ran something, or wrote a file"
+    if mutation not in ("flip_json", "replace_value", "drop_entry", "traverse", "plant_pickle", "flip_bits"):
+        assert len(messages) == SEEDS
+    assert all(len(message) > 30 for message in messages)
+    # In kB; the bombs would take gigabytes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000
+
+
+def test_the_planted_pickle_works_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise the tests above could not fail.
+    monkeypatch.setenv(MARK_VARIABLE, str(tmp_path / "mark"))
+    model = NCLQL("MlpPolicy", box_env(), buffer_size=100, policy_kwargs={"net_arch": [8]}, device="cpu")
+    model.tensorboard_log = Planted()  # type: ignore[assignment]
+    model.save(tmp_path / "model")
+    with pytest.raises(ModelFileError, match=r"mutations\.Planted in 'tensorboard_log'"):
+        NCLQL.load(tmp_path / "model", device="cpu")
+    assert not (tmp_path / "mark").exists()
+    NCLQL.load(tmp_path / "model", device="cpu", trusted=True)
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["env", "learn", "policy", "__class__", "replay_buffer", "device"])
+def test_a_file_gives_no_attribute_that_acts(name: str, files: dict[str, Any], tmp_path: Path) -> None:
+    _, content, _ = files["NCLQL"]
+    entries = unpack(content)
+    document = json.loads(entries[ENTRY])
+    document["attributes"][name] = "this:Env-v0"
+    (tmp_path / "model.zip").write_bytes(pack({**entries, ENTRY: json.dumps(document).encode()}))
+    with pytest.raises(ModelFileError, match=f"it holds '{name}', which no saved model does"):
+        NCLQL.load(tmp_path / "model", device="cpu")
+
+
+def test_hostile_policies_and_buffers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MARK_VARIABLE, str(tmp_path / "mark"))
+    model = LQL("MlpPolicy", box_env(), buffer_size=100, policy_kwargs={"net_arch": [8]}, device="cpu")
+    for planted in ({"state_dict": Planted(), "data": {}}, Planted()):
+        th.save(planted, tmp_path / "policy")
+        with pytest.raises(ModelFileError):
+            type(model.policy).load(tmp_path / "policy")
+    for name, write in (("policy", model.policy.save), ("buffer.pkl", model.save_replay_buffer)):
+        write(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        for seed in range(SEEDS):
+            rng = np.random.default_rng(seed)
+            (tmp_path / name).write_bytes(MUTATIONS[("flip_bits", "truncate")[seed % 2]](content, rng))
+            with suppress(ModelFileError):
+                if name == "policy":
+                    type(model.policy).load(tmp_path / name)
+                else:
+                    model.load_replay_buffer(tmp_path / name)
+    assert not (tmp_path / "mark").exists()
+
+
+# ---------------------------------------------------------------------- datasets
+
+
+def hostile_dataset(spec: EnvSpec | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    with DatasetWriter("test/hostile-v0", spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), env_spec=spec) as writer:
+        writer.add_episode(np.zeros((11, 3)), np.zeros((10, 1)), np.zeros(10), np.zeros(10, bool), np.arange(1, 11) == 10)
+        writer.publish()
+    return "test/hostile-v0"
+
+
+def spec(entry_point: str, env_id: str = "Hostile-v0", **kwargs: Any) -> EnvSpec:
+    return EnvSpec(env_id, entry_point, kwargs=kwargs)
+
+
+MARKING: dict[str, Any] = {"args": ["touch", "mark"]}
+
+
+def with_wrapper(entry_point: str, **kwargs: Any) -> EnvSpec:
+    made = gym.spec("Pendulum-v1")
+    return EnvSpec(
+        made.id, made.entry_point, additional_wrappers=(WrapperSpec(entry_point.partition(":")[2], entry_point, kwargs),)
+    )
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        spec("subprocess:Popen", **MARKING),
+        spec("subprocess:Popen", "Pendulum-v1", **MARKING),
+        with_wrapper("functools:partial"),
+        with_wrapper("gymnasium.wrappers.rendering:RecordVideo", video_folder="mark"),
+        with_wrapper("stable_baselines3.common.monitor:Monitor", filename="mark"),
+        with_wrapper("gymnasium.wrappers.common:warnings"),
+    ],
+    ids=["function", "registered id", "wrapper", "video", "monitor", "module"],
+)
+def test_a_datasets_environment_runs_nothing(hostile: EnvSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset_id = hostile_dataset(hostile, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    model = DiffusionBC("MlpPolicy", dataset=dataset_id, policy_kwargs={"net_arch": [8]}, batch_size=4, device="cpu")
+    with pytest.warns(UserWarning, match="cannot be rebuilt"):
+        model.learn(1)
+    with pytest.raises(ValueError, match="cannot be rebuilt"):
+        model.dataset.recover_environment()
+    assert not list(tmp_path.glob("mark*"))
+
+
+def test_minari_itself_would_have_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise the test above could not fail.
+    dataset_id = hostile_dataset(spec("os:mkdir", path=str(tmp_path / "mark")), tmp_path, monkeypatch)
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        minari.load_dataset(dataset_id).recover_environment()
+    assert (tmp_path / "mark").exists()
+
+
+def test_wrappers_of_gymnasium_are_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = with_wrapper("gymnasium.wrappers.transform_observation:FlattenObservation")
+    env = OfflineDataset.load(hostile_dataset(wrapped, tmp_path, monkeypatch)).recover_environment()
+    assert isinstance(env, gym.wrappers.FlattenObservation)
+
+
+def test_a_dataset_that_claims_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset_id = hostile_dataset(None, tmp_path, monkeypatch)
+    path = next((tmp_path / "minari").rglob("metadata.json"))
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps({**metadata, "total_steps": 10**13}))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"would take .* GiB of memory"):
+        OfflineDataset.load(dataset_id)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
