@@ -9,8 +9,10 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_diffrl import OfflineDataset
-from sb3_diffrl.offline.makers.pointmaze import WaypointController
+from sb3_diffrl.offline.makers.pointmaze import WaypointController, register_mazes
 from sb3_diffrl.planner import PRESETS
+
+register_mazes()
 
 # Goals drawn for the reward of a maze whose goal is not observed.
 N_GOALS = 64

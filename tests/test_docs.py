@@ -57,6 +57,16 @@ def test_offline_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "offline" / "clone.zip").exists()
 
 
+def test_planning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium_robotics")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    command = [sys.executable, str(ROOT / "examples" / "planning.py"), "--steps", "20", "--data-steps", "500", "--env-steps", "5"]
+    for _ in range(2):  # repeatable
+        printed = run(command, tmp_path)
+    assert re.search(r"pg +reward \d+ in 5 steps", printed)
+    assert {path.name for path in (tmp_path / "planning").iterdir()} == {"pg.zip", "plans.png"}
+
+
 def test_every_figure_and_table_on_a_page_exists() -> None:
     for page in PAGES:
         text = page.read_text()
