@@ -1,56 +1,99 @@
-"""Timestep samplers on scikit-learn's digits: held-out variational bound against training steps and time.
+"""Timestep samplers: held-out variational bound against training steps.
 
-    python benchmarks/timesteps.py run [--samplers uniform adaptive ...] [--seeds 0 1 2 3 4] [--steps 12000]
-    python benchmarks/timesteps.py table
+    python benchmarks/timesteps.py compare                      digits, every sampler, five seeds
+    python benchmarks/timesteps.py long --seeds 0 1 2           uniform and adaptive, three times as many steps
+    python benchmarks/timesteps.py robustness --seeds 0 1 2     three schedules, two networks, two data sets; smaller and shorter
+    python benchmarks/timesteps.py ablation --seeds 0 1 2       the adaptive sampler with one improvement taken back at a time
+    python benchmarks/timesteps.py divergence --seeds ...       short runs
 
-`run` trains a diffusion model (T = 1000) for every sampler and seed and writes one CSV each to `results/timesteps/`, a row an
-evaluation; runs whose file is there are left out, so that an interrupted command goes on when it is given again. `table` makes
-`table.csv` of them: steps and seconds to the bound that uniform reaches at its end (per seed, and in the mean), the final bound,
-the Fréchet distance of samples in the features of a small digit classifier, each with a 95% interval over the seeds.
+Each trains diffusion models (T = 1000) and writes one CSV a run to `results/timesteps/<command>/`, a row an evaluation, with a
+JSON of versions and hardware for each seed. Runs whose file is there are left out, so that an interrupted command goes on when it
+is given again. The data is scikit-learn's digits, or windows of a PointMaze dataset (`make-dataset`), trajectories of 8 observations.
 
-The bound is that of the averaged weights, in bits per dimension, on 360 held-out images, with noise that is the same in all runs:
-every one of the first 32 times on all the images, of the other times each on a sixteenth of them. Seconds are the process's own on
-one thread (`time.process_time`), so that other work on the machine counts little; the clock's are beside them. Evaluations are not
-counted.
+The bound is that of the averaged weights, in bits per dimension, on held-out rows, with noise that is the same in all runs: every
+one of the first 32 times on all rows, of the other times each on one row in 32. Samples are judged by the Fréchet distance to the
+data in the features of a small digit classifier, trained here.
 
-`--set '{"learning_rate": 0.003}'` with `--label name` runs the adaptive sampler with other arguments.
+`--variants '{"label": {"learning_rate": 0.003}}'` runs the adaptive sampler with other arguments, too.
 """
 
 import argparse
 import csv
+import itertools
 import json
+import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from provenance import metadata
 from sklearn.datasets import load_digits
 from torch import nn
 
 from sb3_diffrl.diffusion import Denoise, DiffusionProcess, DiT1d, MlpDenoiser, make_schedule
-from sb3_diffrl.timesteps import AdaptiveTimestepSampler, BoundTerms, TimestepSampler
-from sb3_diffrl.timesteps.factory import RULES, WEIGHTINGS
+from sb3_diffrl.offline.datasets import OfflineDataset
+from sb3_diffrl.timesteps import AdaptiveTimestepSampler, BoundTerms, TimestepSampler, timestep_sampler_by_name
 
 RESULTS = Path(__file__).parent / "results" / "timesteps"
+# One improvement taken back at a time
+ABLATIONS: dict[str, dict[str, Any] | None] = {
+    "uniform": None,
+    "adaptive": None,
+    "published": None,
+    "fresh_noise": {"common_noise": False},
+    "no_baseline": {"baseline": None},
+    "raw_reward": {"normalize_reward": False},
+    "entropy_bonus": {"entropy": "bonus", "ent_coef": 0.1},
+    "no_bounds": {"concentration_range": None, "uniform_floor": 0.0},
+    "sweep_alone": {"ent_coef": 100.0},
+    "full_sweep": {"sweep_size": None},
+}
 SAMPLERS = ("uniform", "logit_normal", "lognormal", "loss_second_moment", "min_snr", "p2", "speed", "adaptive")
-BATCH, N_TIMES, HELD_OUT, DENSE, SPARSE = 128, 1000, 360, 32, 32
-EMA_DECAY = 0.999
+N_TIMES, HELD_OUT, DENSE, SPARSE = 1000, 360, 32, 32
+EMA_DECAY, LEARNING_RATE = 0.995, 2e-3
+SCHEDULES = ("linear", "squaredcos_cap_v2", "quadratic")
+MAZE = "sb3-diffrl/pointmaze/umaze-v0"
 
 
-class Digits(NamedTuple):
+class Task(NamedTuple):
+    """What is trained: data, network, schedule, rows of a minibatch, width of the network."""
+
+    data: str = "digits"
+    arch: str = "mlp"
+    schedule: str = "linear"
+    batch: int = 64
+    width: int = 128
+
+
+class Data(NamedTuple):
     train: th.Tensor
     held_out: th.Tensor
-    train_labels: th.Tensor
+    train_labels: th.Tensor | None = None
 
 
-def digits(image: bool) -> Digits:
-    """Pixels in [-1, 1], ``(n, 64)``, or ``(n, 8, 8)`` as eight tokens."""
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(pixels))
-    x = th.as_tensor(pixels[order] / 8 - 1).float()
-    x = x.view(-1, 8, 8) if image else x
-    return Digits(x[HELD_OUT:], x[:HELD_OUT], th.as_tensor(labels[order][HELD_OUT:]))
+def load_data(task: Task) -> Data:
+    """Rows in about [-1, 1], ``(n, length * dim)``, or ``(n, length, dim)`` for networks of tokens."""
+    tokens = task.arch == "dit"
+    if task.data == "digits":
+        pixels, labels = load_digits(return_X_y=True)
+        order = np.random.default_rng(0).permutation(len(pixels))
+        x = th.as_tensor(pixels[order] / 8 - 1).float()
+        x = x.view(-1, 8, 8) if tokens else x
+        return Data(x[HELD_OUT:], x[:HELD_OUT], th.as_tensor(labels[order][HELD_OUT:]))
+    dataset = OfflineDataset.load(MAZE)
+    windows = dataset.windows(horizon=8, stride=15)
+    # Held-out rows are of the last episodes.
+    n = min(len(windows), 20_000)
+    chosen = np.concatenate([np.random.default_rng(0).permutation(len(windows) * 9 // 10)[: n - HELD_OUT],
+                             np.linspace(len(windows) * 9 // 10 + 1, len(windows) - 1, HELD_OUT).astype(int)])  # fmt: skip
+    x = th.as_tensor(windows.observations(chosen)).float()
+    train = x[:-HELD_OUT]
+    x = (x - train.mean((0, 1))) / train.std((0, 1)).clamp(min=1e-3) / 2
+    x = x if tokens else x.flatten(1)
+    return Data(x[:-HELD_OUT], x[-HELD_OUT:])
 
 
 class Run(NamedTuple):
@@ -65,21 +108,19 @@ class Fleet:
     Every run has its own seed, minibatches, noise and sampler, and the optimisation of one is that of a model alone.
     """
 
-    def __init__(self, runs: list[Run], arch: str, schedule: str, data: Digits) -> None:
-        self.runs, self.data = runs, data
-        self.process = DiffusionProcess(make_schedule(schedule, N_TIMES))  # type: ignore[arg-type]
+    def __init__(self, runs: list[Run], task: Task, data: Data) -> None:
+        self.runs, self.data, self.batch = runs, data, task.batch
+        self.process = DiffusionProcess(make_schedule(task.schedule, N_TIMES))  # type: ignore[arg-type]
         networks = []
         for run in runs:
             th.manual_seed(run.seed)
-            networks.append(make_network(arch))
+            networks.append(make_network(task, data.train))
             run.sampler.setup(self.process, tuple(data.train.shape[1:]))
         self.network = networks[0]
         self.weights, self.buffers = th.func.stack_module_state(networks)
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.optimizer = th.optim.Adam(list(self.weights.values()), 1e-3, fused=True)
+        self.optimizer = th.optim.Adam(list(self.weights.values()), LEARNING_RATE, fused=True)
         self.generators = [th.Generator().manual_seed(run.seed) for run in runs]
-        self.rows = th.arange(BATCH)
-        self.seconds = 0.0
 
     def denoise_all(self, x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
         """All runs' networks at once, ``(runs * batch, ...)``."""
@@ -102,16 +143,17 @@ class Fleet:
     def step(self) -> None:
         data, drawn = self.data.train, []
         for run, generator in zip(self.runs, self.generators, strict=True):
-            x0 = data[th.randint(len(data), (BATCH,), generator=generator)]
+            x0 = data[th.randint(len(data), (self.batch,), generator=generator)]
             drawn.append((x0, *run.sampler.sample(x0, generator), th.randn(x0.shape, generator=generator)))
         x0, t, weight, noise = (th.cat(parts) for parts in zip(*drawn, strict=True))
         loss = self.process.denoising_loss(self.denoise_all, x0, t, noise)
         with ExitStack() as stack:
             for i, (run, generator) in enumerate(zip(self.runs, self.generators, strict=True)):
                 bound_terms = self.bound_terms(i, drawn[i][0])
-                stack.enter_context(run.sampler.around_step(drawn[i][0], loss[i * BATCH : (i + 1) * BATCH], bound_terms, generator))
+                own = loss[i * self.batch : (i + 1) * self.batch]
+                stack.enter_context(run.sampler.around_step(drawn[i][0], own, bound_terms, generator))
             self.optimizer.zero_grad()
-            ((weight * loss).sum() / BATCH).backward()  # type: ignore[no-untyped-call]
+            ((weight * loss).sum() / self.batch).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         th._foreach_lerp_(list(self.average.values()), [weight.detach() for weight in self.weights.values()], 1 - EMA_DECAY)
 
@@ -119,10 +161,12 @@ class Fleet:
         return lambda rows, t, noise: self.process.bound_terms(self.denoiser(run, False), x0[rows], t, noise)
 
 
-def make_network(arch: str) -> nn.Module:
-    if arch == "mlp":
-        return MlpDenoiser(64, 0, (128, 128, 128), nn.SiLU)
-    return DiT1d(8, 8, d_model=64, depth=2, head_dim=32, time_embedding_dim=64)
+def make_network(task: Task, x: th.Tensor) -> nn.Module:
+    if task.arch == "mlp":
+        return MlpDenoiser(x.shape[1], 0, (task.width,) * 3, nn.SiLU)
+    return DiT1d(
+        x.shape[2], x.shape[1], d_model=task.width // 2, depth=1, head_dim=task.width // 4, time_embedding_dim=task.width // 2
+    )
 
 
 class HeldOutBound:
@@ -148,8 +192,9 @@ class HeldOutBound:
         return float(self.per_time(denoise).sum()) + float(self.process.prior_term(self.x0).mean())
 
 
-def features(data: Digits) -> nn.Module:
+def features(data: Data) -> nn.Module:
     """The hidden layer of a digit classifier, the same in every run."""
+    assert data.train_labels is not None
     generator_state = th.get_rng_state()
     th.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
@@ -173,14 +218,14 @@ def frechet_distance(body: nn.Module, a: th.Tensor, b: th.Tensor) -> float:
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def train(runs: list[Run], steps: int, arch: str, schedule: str, paths: list[Path]) -> None:
-    data = digits(image=arch == "dit")
-    fleet = Fleet(runs, arch, schedule, data)
-    bound, body = HeldOutBound(fleet.process, data.held_out), features(data)
+def train(runs: list[Run], task: Task, steps: int, every: int, paths: list[Path]) -> None:
+    data = load_data(task)
+    fleet = Fleet(runs, task, data)
+    bound = HeldOutBound(fleet.process, data.held_out)
     rows: list[list[dict[str, Any]]] = [[] for _ in runs]
     for step in range(1, steps + 1):
         fleet.step()
-        if step % 500 and step != 100:
+        if step % every:
             continue
         for i, run in enumerate(runs):
             info = run.sampler.info()
@@ -190,16 +235,14 @@ def train(runs: list[Run], steps: int, arch: str, schedule: str, paths: list[Pat
                 row["selected"] = " ".join(map(str, run.sampler.selected_timesteps.tolist()))
             row["density"] = " ".join(f"{d:.2f}" for d in run.sampler.density(data.train[:64], n_bins=20).tolist())
             rows[i].append(row)
-        print(
-            step,
-            " ".join(f"{run.label}-{run.seed}:{row[-1]['bound']:.3f}" for run, row in zip(runs, rows, strict=True)),
-            flush=True,
-        )
-    start = th.randn(2000, *data.train.shape[1:], generator=th.Generator().manual_seed(0))
+        last = " ".join(f"{run.label}:{row[-1]['bound']:.3f}" for run, row in zip(runs, rows, strict=True))
+        print(step, last, f"{time.process_time():.0f} s", flush=True)
+    start = th.randn(1000, *data.train.shape[1:], generator=th.Generator().manual_seed(0))
     for i, path in enumerate(paths):
-        with th.no_grad():
-            samples = fleet.process.sample(fleet.denoiser(i, True), start, 50)
-        rows[i][-1]["frechet"] = frechet_distance(body, samples, th.cat([data.train, data.held_out]))
+        if data.train_labels is not None:
+            with th.no_grad():
+                samples = fleet.process.sample(fleet.denoiser(i, True), start, 50)
+            rows[i][-1]["frechet"] = frechet_distance(features(data), samples, th.cat([data.train, data.held_out]))
         write(path, rows[i])
 
 
@@ -214,38 +257,55 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     partial.rename(path)
 
 
-def make_sampler(name: str, settings: dict[str, Any]) -> TimestepSampler:
-    if name == "published":
-        return AdaptiveTimestepSampler.published()
-    rule, _, weighting = name.partition("+")
-    if rule in WEIGHTINGS:
-        rule, weighting = "uniform", rule
-    return RULES[rule](weighting=weighting or None, **(settings if rule == "adaptive" else {}))
+def make_sampler(name: str, settings: dict[str, Any] | None) -> TimestepSampler:
+    if settings is not None:
+        return AdaptiveTimestepSampler(**settings)
+    return AdaptiveTimestepSampler.published() if name == "published" else timestep_sampler_by_name(name)
+
+
+def run(folder: Path, task: Task, samplers: dict[str, dict[str, Any] | None], seeds: list[int], steps: int, every: int) -> None:
+    """One fleet a seed. ``samplers``: label: arguments of the adaptive sampler, or ``None`` for the sampler of that name."""
+    for seed in seeds:
+        runs, paths = [], []
+        for label, settings in samplers.items():
+            path = folder / f"{task.data}-{task.arch}-{task.schedule}-{label}-s{seed}.csv"
+            if not path.exists():
+                runs.append(Run(label, make_sampler(label, settings), seed))
+                paths.append(path)
+        if runs:
+            print(f"{folder.name} {task} seed {seed}", flush=True)
+            arguments = {**task._asdict(), "seed": seed, "steps": steps, "samplers": samplers}
+            description = metadata(arguments, " ".join(["python", "benchmarks/timesteps.py", *sys.argv[1:]]))
+            train(runs, task, steps, every, paths)
+            described = folder / f"{task.data}-{task.arch}-{task.schedule}-s{seed}.json"
+            described.write_text(json.dumps(description, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS))
+    parser.add_argument("command", choices=["compare", "long", "robustness", "ablation", "divergence"])
+    parser.add_argument("--samplers", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--arch", choices=["mlp", "dit"], default="mlp")
-    parser.add_argument("--schedule", default="linear")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--variants", type=json.loads, default={}, help='{"label": {"learning_rate": 0.003}}')
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     th.set_num_threads(1)
-    runs, paths = [], []
-    for seed in args.seeds:
-        settings = {name: {} for name in args.samplers} | args.variants
-        for label in settings:
-            path = args.results / f"digits-{args.arch}-{args.schedule}-{label}-s{seed}.csv"
-            if not path.exists():
-                name = "adaptive" if label in args.variants else label
-                runs.append(Run(label, make_sampler(name, settings[label]), seed))
-                paths.append(path)
-    if runs:
-        train(runs, args.steps, args.arch, args.schedule, paths)
+    th.backends.cuda.enable_flash_sdp(False)  # the attention that networks can be stacked in
+    folder = args.results / args.command
+    named = dict.fromkeys(args.samplers or SAMPLERS)
+    if args.command == "compare":
+        run(folder, Task(), named | args.variants, args.seeds, args.steps or 4000, 250)
+    elif args.command == "long":
+        run(folder, Task(), {"uniform": None, "adaptive": None}, args.seeds, args.steps or 12_000, 500)
+    elif args.command == "robustness":
+        for data, arch, schedule in itertools.product(("digits", "maze"), ("mlp", "dit"), SCHEDULES):
+            task = Task(data, arch, schedule, batch=32, width=64)
+            run(folder, task, named | args.variants, args.seeds, args.steps or 1500, 250)
+    elif args.command == "ablation":
+        run(folder, Task(), ABLATIONS | args.variants, args.seeds, args.steps or 2000, 250)
+    else:
+        run(folder, Task(batch=32, width=64), {"adaptive": None, "published": None}, args.seeds, args.steps or 1000, 250)
 
 
 if __name__ == "__main__":
