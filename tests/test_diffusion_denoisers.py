@@ -8,6 +8,7 @@ from torch import nn
 
 from sb3_diffrl.diffusion import (
     Denoise,
+    DiffusionModel,
     DiffusionProcess,
     DiscreteSchedule,
     DiT1d,
@@ -17,8 +18,11 @@ from sb3_diffrl.diffusion import (
     SinusoidalEmbedding,
     Transformer1d,
     VPSchedule,
+    make_schedule,
+    native,
 )
 from sb3_diffrl.diffusion.transformer import BLOCK_VECTORS, Block
+from sb3_diffrl.native import library
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -247,3 +251,43 @@ def test_at_the_times_of_a_chain_the_network_is_as_at_each_alone(kind: str, cond
     steps = model.at_times(times, cond)  # type: ignore[operator]
     for time, step in zip(times, steps, strict=True):
         th.testing.assert_close(step(x), model(x, time.expand(5), cond))
+
+
+@pytest.mark.parametrize(
+    ("in_dim", "length", "d_model", "head_dim", "depth", "batch"),
+    [(4, 32, 64, 32, 2, 3), (17, 4, 96, 16, 1, 30), (3, 2, 32, 16, 3, 1), (29, 50, 64, 64, 2, 2), (1, 9, 32, 32, 1, 11)],
+)
+@pytest.mark.parametrize("is_inpainting", [False, True])
+def test_compiled_chains_are_those_of_torch(
+    in_dim: int, length: int, d_model: int, head_dim: int, depth: int, batch: int, is_inpainting: bool
+) -> None:
+    th.manual_seed(0)
+    network = DiT1d(in_dim, length, d_model=d_model, depth=depth, head_dim=head_dim)
+    model = DiffusionModel(randomised(network), DiffusionProcess(make_schedule("vp", 0)))
+    model.update_ema()
+    start = th.randn(batch, length, in_dim)
+    mask = th.rand(length, in_dim) < 0.3
+    fixed = Fixed(mask, th.randn(batch, length, in_dim)) if is_inpainting else None
+    compiled = model.sample(start, None, 6, fixed=fixed)
+    model.use_native = False
+    plain = model.sample(start, None, 6, fixed=fixed)
+    th.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    if fixed is not None:
+        assert th.equal(compiled[:, mask], fixed.values[:, mask])
+
+
+@pytest.mark.skipif(library.load() is None, reason="no C compiler")
+def test_compiled_chains_see_weights_that_change_and_do_not_depend_on_the_batch() -> None:
+    network = randomised(DiT1d(3, 8, d_model=64, head_dim=32))
+    model = DiffusionModel(network, DiffusionProcess(make_schedule("vp", 0)))
+    model.update_ema()
+    assert native.supports(model.denoiser_ema.module.transformer)
+    start = th.randn(20, 8, 3)
+    before = model.sample(start, None, 4)
+    assert th.equal(model.sample(start[7:8], None, 4), before[7:8])
+    assert th.equal(model.sample(start.flip(0), None, 4).flip(0), before)
+    model.denoiser_ema.module.load_state_dict({k: 1.1 * v for k, v in network.state_dict().items()})
+    after = model.sample(start, None, 4)
+    assert not th.allclose(after, before, rtol=1e-2)
+    model.use_native = False
+    th.testing.assert_close(after, model.sample(start, None, 4), rtol=1e-3, atol=1e-3)

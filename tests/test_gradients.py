@@ -11,12 +11,13 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
-from sb3_diffrl.lql import activations, native
+from sb3_diffrl.lql import activations
 from sb3_diffrl.lql.activations import Mish
 from sb3_diffrl.lql.critic import LangevinCritic, StackedLinear
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.lql.policies import LangevinPolicy
+from sb3_diffrl.native import library
 
 
 def make_critic(
@@ -210,13 +211,13 @@ def test_the_fastest_backend_that_is_right_is_chosen(monkeypatch: pytest.MonkeyP
 def test_without_a_compiler_chains_run_in_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
+    library.load.cache_clear()
     try:
         policy = make_policy()
         assert policy.chain_backend == "torch"
         actions, _ = policy.predict(np.zeros((3, 4), np.float32), deterministic=True)
     finally:
-        native.load.cache_clear()
+        library.load.cache_clear()
     monkeypatch.undo()
     np.testing.assert_allclose(policy.predict(np.zeros((3, 4), np.float32), deterministic=True)[0], actions, atol=1e-4)
 
@@ -226,12 +227,12 @@ def test_a_failing_compiler_is_no_reason_to_fail(
 ) -> None:
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
+    library.load.cache_clear()
     try:
         with caplog.at_level("INFO"):
-            assert native.load() is None
+            assert library.load() is None
     finally:
-        native.load.cache_clear()
+        library.load.cache_clear()
     assert "`false` failed" in caplog.text
     assert list((tmp_path / "sb3_diffrl").iterdir()) == []  # nothing half-made is left
 

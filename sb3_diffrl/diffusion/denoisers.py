@@ -166,7 +166,16 @@ class DiT1d(nn.Module):
                 return lambda x_t: self(x_t, time.expand(len(x_t)), cond)
 
             return [at(time) for time in times.unbind()]
-        embedding = self._embed(times, cond)
-        # n_vectors x (n, 1, d_model) -> n x (n_vectors, 1, 1, d_model)
-        vectors = th.stack(self.transformer.modulation(embedding), dim=1)[:, :, None]
-        return [partial(self.transformer.modulated, vectors=step.unbind()) for step in vectors.unbind()]
+        vectors = self.vectors_at(times, cond)
+        # (n, n_vectors, d_model) -> n x n_vectors x (1, 1, d_model)
+        return [partial(self.transformer.modulated, vectors=step[:, None, None].unbind()) for step in vectors.unbind()]
+
+    def vectors_at(self, times: th.Tensor, cond: th.Tensor | None = None) -> th.Tensor:
+        """What sets the transformer's layer norms and gates at each of the times of a chain.
+
+        :param times: network times in (0, 1], ``(n,)``
+        :param cond: condition of all rows, ``(1, cond_dim)``
+        :return: ``(n, n_vectors, d_model)``
+        """
+        # n_vectors x (n, 1, d_model) -> (n, n_vectors, d_model)
+        return th.cat(self.transformer.modulation(self._embed(times, cond)), dim=1)

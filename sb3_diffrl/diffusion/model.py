@@ -6,6 +6,7 @@ import torch as th
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sb3_diffrl.diffusion import native
 from sb3_diffrl.diffusion.denoisers import DiT1d, MlpDenoiser
 from sb3_diffrl.diffusion.process import Denoise, DenoiseSteps, DiffusionProcess, Fixed, Guidance, Solver
 
@@ -27,6 +28,8 @@ class DiffusionModel(nn.Module):
         self.process = process
         self.denoiser_ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # type: ignore[no-untyped-call]
         self.denoiser_ema.requires_grad_(False)
+        #: Run DDIM chains of a ``DiT1d`` in compiled C where that can be done; set it to ``False`` for torch alone
+        self.use_native = True
 
     def _denoise(self, network: Callable[..., th.Tensor], *cond: th.Tensor | None) -> Denoise:
         return lambda x_t, t: network(x_t, self.process.schedule.network_time(t), *cond)
@@ -89,8 +92,37 @@ class DiffusionModel(nn.Module):
 
         :param cond: condition, ``(batch, cond_dim)`` or ``None``
         """
+        if self._can_compile(start, cond, solver, fixed, guidance):
+            return self._sample_compiled(start, cond, num_inference_steps, fixed)
         denoise = self.averaged_steps(num_inference_steps, cond)
         return self.process.sample(denoise, start, num_inference_steps, solver, noise, fixed, guidance)
+
+    def _can_compile(
+        self, start: th.Tensor, cond: th.Tensor | None, solver: Solver, fixed: Fixed | None, guidance: Guidance | None
+    ) -> bool:
+        network = self.denoiser_ema.module
+        return (
+            self.use_native
+            and isinstance(network, DiT1d)
+            and solver == "ddim"
+            and guidance is None
+            and self.process.clip_sample is None
+            and (cond is None or len(cond) == 1)
+            and (fixed is None or fixed.mask.ndim <= start.ndim - 1)
+            and not (th.is_grad_enabled() and start.requires_grad)
+            and native.supports(network.transformer)
+        )
+
+    def _sample_compiled(
+        self, start: th.Tensor, cond: th.Tensor | None, num_inference_steps: int, fixed: Fixed | None
+    ) -> th.Tensor:
+        network, schedule = self.denoiser_ema.module, self.process.schedule
+        assert isinstance(network, DiT1d)
+        vectors = network.vectors_at(schedule.network_time(schedule.inference_timesteps(num_inference_steps)), cond)
+        steps = self.process.step_coefficients(num_inference_steps, "ddim")
+        coefficients = [(step.x0_x, step.x0_output, step.next_x, step.next_x0) for step in steps]
+        start = start if fixed is None else th.where(fixed.mask, fixed.values, start)
+        return native.ddim(network.transformer, vectors, coefficients, start, None if fixed is None else fixed.mask)
 
     def update_ema(self) -> None:
         """Let the moving average follow, after an optimiser step. The first call copies the weights."""

@@ -141,7 +141,7 @@ class DiffusionProcess(nn.Module):
         :return: samples, of the shape of ``start``
         :raises ValueError: if ``num_inference_steps``, ``solver`` or the shape of ``noise`` is not valid
         """
-        steps = self._step_coefficients(num_inference_steps, solver)
+        steps = self.step_coefficients(num_inference_steps, solver)
         if noise is not None and noise.shape != (num_inference_steps, *start.shape):
             raise ValueError(
                 f"`noise` must be of shape (num_inference_steps, *start.shape) = {(num_inference_steps, *start.shape)}, "
@@ -170,7 +170,7 @@ class DiffusionProcess(nn.Module):
 
         :raises ValueError: if ``num_inference_steps`` or ``solver`` is not valid
         """
-        self._step_coefficients(num_inference_steps, solver)
+        self.step_coefficients(num_inference_steps, solver)
 
     def denoising_loss(
         self, denoise: Denoise, x0: th.Tensor, t: th.Tensor, noise: th.Tensor, fixed_mask: th.Tensor | None = None
@@ -239,7 +239,7 @@ class DiffusionProcess(nn.Module):
         x_t = self._noisy_input(x0, noise, t, fixed_mask)
         return _mean_square(self.split(x_t, denoise(x_t, t), t)[1] - noise, fixed_mask)
 
-    def _step_coefficients(self, num_inference_steps: int, solver: Solver) -> list[StepCoefficients]:
+    def step_coefficients(self, num_inference_steps: int, solver: Solver) -> list[StepCoefficients]:
         """The solver's steps as Python numbers, computed once: reading them from a device at each step would make it wait."""
         key = (num_inference_steps, solver)
         if key not in self._coefficients:

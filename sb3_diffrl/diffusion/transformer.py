@@ -119,7 +119,7 @@ class Transformer1d(nn.Module):
             raise ValueError(f"`d_model` must be even and a multiple of `head_dim`, got d_model={d_model} and head_dim={head_dim}.")
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")
-        self.condition_dim = condition_dim
+        self.condition_dim, self.head_dim = condition_dim, head_dim
         self.embedding = nn.Linear(in_dim, d_model)
         # Not persistent: it follows from the sizes.
         positions = sines_and_cosines(th.arange(max_length), sinusoidal_frequencies(d_model))

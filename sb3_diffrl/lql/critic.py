@@ -17,6 +17,7 @@ from sb3_diffrl.common import check_count
 from sb3_diffrl.lql import native
 from sb3_diffrl.lql.activations import Mish
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+from sb3_diffrl.native import library
 
 #: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
 LEVEL_EMBEDDING_DIM = 16
@@ -143,7 +144,7 @@ class LangevinCritic(BaseModel):
             and self.n_critics <= native.MAX_CRITICS
             and weight.device.type == "cpu"
             and weight.dtype == th.float32
-            and native.load() is not None
+            and library.load() is not None
         )
 
     @property

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -28,11 +28,20 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
-from sb3_diffrl.common import NonFiniteError, check_positive, check_scalable
+from sb3_diffrl.common import (
+    MAX_SKIPPED,
+    NonFiniteError,
+    OnNonFinite,
+    check_gradient,
+    check_on_nonfinite,
+    check_positive,
+    check_scalable,
+)
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.env_guard import finite
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
+from sb3_diffrl.lql.random_state import random_state, set_random_state
 from sb3_diffrl.saving import SafeSaving, load_replay_buffer, save_replay_buffer
 
 SelfLQL = TypeVar("SelfLQL", bound="LQL")
@@ -97,6 +106,8 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         exp(w Σ Qᵢ), once it mixes; the Qᵢ are in units of scaled rewards.
     :param n_particles: chains run for each action, of which the best by the smallest critic is kept
     :param reward_scale: factor on the rewards that the critics learn from
+    :param on_nonfinite: what to do about a NaN or infinite observation, reward, action, loss or gradient: ``"raise"``, or
+        ``"skip"``: leave out the update, or the env's step, after which all envs are reset, and count it in ``n_skipped``
     :param _init_setup_model: whether to build the networks at once
     :raises ValueError: if an argument is outside its range; the message names it
     """
@@ -139,6 +150,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         normalize_grad: bool = True,
         n_particles: int = 1,
         reward_scale: float = 0.2,
+        on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -173,6 +185,11 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         self.normalize_grad = normalize_grad
         self.n_particles = n_particles
         self.reward_scale = reward_scale
+        self.on_nonfinite: OnNonFinite = on_nonfinite
+        #: Updates and env steps that were left out
+        self.n_skipped = 0
+        self._skipped_in_a_row = 0
+        self._random_state: dict[str, Any] | None = None
         self._logged_obs: th.Tensor | dict[str, th.Tensor] | None = None
         if _init_setup_model:
             self._setup_model()
@@ -189,6 +206,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         check_scalable(self.action_space)
+        check_on_nonfinite(self.on_nonfinite)
         self.reward_scale = check_positive("reward_scale", self.reward_scale)
         for name in ("sampler", "reward_scale"):
             if name in self.policy_kwargs:
@@ -221,12 +239,18 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         metrics: list[Metrics] = []
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            metrics.append(self.update(replay_data, self.draw(batch_size)))
+            try:
+                metrics.append(self.update(replay_data, self.draw(batch_size)))
+                self._skipped_in_a_row = 0
+            except NonFiniteError as error:
+                self._skip(error)
         self._logged_obs = replay_data.observations
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name in metrics[0]:
+        if self.n_skipped:
+            self.logger.record("train/n_skipped", self.n_skipped)
+        for name in metrics[0] if metrics else ():
             self.logger.record(f"train/{name}", th.stack([metric[name] for metric in metrics]).mean().item())
 
     def predict(
@@ -298,9 +322,15 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         # Returns the norm of the gradient
         self.critic.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [parameter.grad for parameter in self.critic.parameters() if parameter.grad is not None]
+        norm = check_gradient(loss, self.critic.named_parameters(), f"env step {self.num_timesteps}")
         self.critic.optimizer.step()
-        return th.nn.utils.get_total_norm(gradients)
+        return norm
+
+    def _skip(self, error: NonFiniteError) -> None:
+        if self.on_nonfinite == "raise" or self._skipped_in_a_row >= MAX_SKIPPED:
+            raise error
+        self.n_skipped += 1
+        self._skipped_in_a_row += 1
 
     def _update_target(self) -> None:
         polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
@@ -344,8 +374,9 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
     ) -> SelfLQL:
         """Learn from ``total_timesteps`` env steps; arguments as in every SB3 algorithm.
 
-        :raises NonFiniteError: if the env gives a NaN or infinite observation or reward; the model and its replay buffer are
-            as they were before that step
+        :raises NonFiniteError: if the env gives a NaN or infinite observation or reward, or a loss or gradient is not finite; the
+            model and its replay buffer are as they were before that step. See ``on_nonfinite``; a hundred skipped in a row are
+            raised nevertheless.
         """
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
@@ -372,7 +403,11 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "Set an environment with `set_env()` before calling `learn()`."
         with self._fault_handling(), finite(self.env):
-            return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+            prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        state, self._random_state = self._random_state, None
+        if state is not None and state["seed"] == self.seed and not reset_num_timesteps:
+            set_random_state(state, self.device, self.action_space)
+        return prepared
 
     def collect_rollouts(
         self,
@@ -385,8 +420,51 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         log_interval: int | None = None,
     ) -> RolloutReturn:
         """SB3's, with the env guarded against NaN and infinite numbers."""
-        with self._fault_handling(), finite(env):
-            return super().collect_rollouts(env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval)
+        before = self.num_timesteps
+        while True:
+            try:
+                with self._fault_handling(), finite(env):
+                    if self._last_obs is None:  # after a fault
+                        self._restart(env)
+                    return super().collect_rollouts(
+                        env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
+                    )
+            except NonFiniteError as error:
+                if self.num_timesteps > before:
+                    before, self._skipped_in_a_row = self.num_timesteps, 0
+                self._skip(error)
+
+    def _restart(self, env: VecEnv) -> None:
+        self._last_obs = env.reset()  # type: ignore[assignment]
+        self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        if self._vec_normalize_env is not None:
+            self._last_original_obs = self._vec_normalize_env.get_original_obs()
+        if self.action_noise is not None:
+            self.action_noise.reset()
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed everything; another seed than the model's takes precedence over the random state that a file holds."""
+        super().set_random_seed(seed)
+        if seed != self.seed:
+            self._random_state = None
+
+    def save(
+        self, path: str | Path | io.BufferedIOBase, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """Save the model, with the state of the random generators: ``learn(..., reset_num_timesteps=False)`` goes on from it.
+
+        The replay buffer is saved by ``save_replay_buffer()``, statistics of ``VecNormalize`` by its ``save()``.
+
+        :param path: file to write
+        :param exclude: names of attributes to leave out besides the usual
+        :param include: names of attributes to save although they usually are not
+        :raises OSError: if it cannot be written, with the reason; a former file is as it was
+        """
+        self._random_state = {"seed": self.seed, **random_state(self.device, self.action_space)}
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self._random_state = None
 
     def _excluded_save_params(self) -> list[str]:
         rebuilt = ["actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]

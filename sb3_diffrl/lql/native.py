@@ -1,22 +1,8 @@
-"""Compiled C for stacked perceptrons on a CPU: whole Langevin chains, and values with their gradients.
-
-The C files beside this one are compiled on first use, in about three seconds, by the machine's C compiler (``CC``, or ``cc``), and
-kept in the user's cache folder. Where there is none, or it fails, ``load()`` gives ``None`` and everything runs in torch.
-"""
+"""Compiled C for stacked perceptrons on a CPU: whole Langevin chains, and values with their gradients."""
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import threading
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch as th
@@ -24,109 +10,31 @@ from torch import nn
 
 from sb3_diffrl.lql.activations import Mish
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+from sb3_diffrl.native.library import ints, load, long_array, longs, pointer_array, pointers, work_memory
 
-SOURCES = [Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c")]
-HEADER = Path(__file__).with_name("kernels.h")
-# No fast-math: NaN must stay NaN. Products and sums may be fused.
-FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
-# The OpenMP that torch has loaded: a pool of threads beside torch's would fight it for the cores. Without it: one thread.
-OPENMP = "-fopenmp"
 MAX_HIDDEN, MAX_CRITICS = 16, 64
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 0, nn.Tanh: 1, nn.SiLU: 2, nn.Mish: 3, Mish: 3}
 # Chains below which a second thread costs more than it brings
 MIN_CHAINS_PER_THREAD = 8
 
-_of_thread = threading.local()
-logger = logging.getLogger(__name__)
-
-
-def _longs(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_long) for name in names]
-
-
-def _ints(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_int) for name in names]
-
-
-def _pointers(*names: str) -> list[tuple[str, Any]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
 
 class _Chain(ctypes.Structure):
     # struct chain of langevin.c
     _fields_ = (
-        *_longs("n_critics", "features_dim", "action_dim", "first_rows", "n_hidden", "n_levels", "n_steps", "batch"),
-        *_ints("activation", "normalize"),
-        *_pointers("widths", "weights", "biases", "level_terms", "drift_scales", "noise_scales", "features", "noise", "actions"),
+        *longs("n_critics", "features_dim", "action_dim", "first_rows", "n_hidden", "n_levels", "n_steps", "batch"),
+        *ints("activation", "normalize"),
+        *pointers("widths", "weights", "biases", "level_terms", "drift_scales", "noise_scales", "features", "noise", "actions"),
     )
 
 
 class _Mlp(ctypes.Structure):
     # struct mlp of stacked_mlp.c
     _fields_ = (
-        *_longs("n_models", "batch", "n_layers"),
-        *_ints("activation", "shared_inputs"),
-        *_pointers("widths", "weights", "biases", "inputs", "saved", "outputs", "output_gradient", "weight_gradients"),
-        *_pointers("bias_gradients", "input_gradient"),
+        *longs("n_models", "batch", "n_layers"),
+        *ints("activation", "shared_inputs"),
+        *pointers("widths", "weights", "biases", "inputs", "saved", "outputs", "output_gradient", "weight_gradients"),
+        *pointers("bias_gradients", "input_gradient"),
     )
-
-
-def _processor() -> str:
-    # What -march=native depends on: a cache folder may be shared by machines.
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(line for line in lines[:40] if line.startswith(("model name", "flags", "Features", "CPU part")))
-    except OSError:
-        return platform.machine() + platform.processor()
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sb3_diffrl"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
-
-
-def compile_library() -> Path:
-    """Compile the C files unless the cache has them.
-
-    :return: path of the shared library
-    :raises OSError: if there is no compiler, or it fails
-    """
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        raise OSError(f"no C compiler `{compiler[0]}`")
-    texts = [path.read_text() for path in (HEADER, *SOURCES)]
-    key = hashlib.sha256("\0".join([*texts, *compiler, *FLAGS, OPENMP, _processor()]).encode()).hexdigest()[:20]
-    library = _cache_folder() / f"native-{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            for flags in ([*FLAGS, OPENMP], FLAGS):
-                command = [*compiler, *flags, "-o", str(built), *map(str, SOURCES), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode == 0:
-                    break
-            else:
-                raise OSError(f"`{compiler[0]}` failed: {done.stderr.strip()[-500:]}")
-            built.replace(library)  # in one step: another process may be looking
-    return library
-
-
-@cache
-def load() -> ctypes.CDLL | None:
-    """The compiled library, ``None`` where it cannot be had (the reason is logged at level INFO)."""
-    try:
-        library = ctypes.CDLL(str(compile_library()))
-    except (OSError, RuntimeError) as error:
-        logger.info("No compiled code, torch computes instead: %s", error)
-        return None
-    for floats in (library.langevin_memory_floats, library.mlp_saved_floats, library.mlp_memory_floats):
-        floats.restype = ctypes.c_long
-    library.langevin_memory_floats.argtypes = [ctypes.c_void_p, ctypes.c_long]
-    library.mlp_saved_floats.argtypes = library.mlp_memory_floats.argtypes = [ctypes.c_void_p]
-    for function in (library.langevin_run, library.mlp_forward, library.mlp_backward):
-        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
-    return library
 
 
 @cache
@@ -134,22 +42,6 @@ def _scales(sampler: LangevinSampler) -> th.Tensor:
     # (2, n_levels): factors of the drift and of the noise
     step_sizes = th.tensor(sampler.step_sizes, dtype=th.float64)
     return th.stack([0.5 * sampler.inverse_temperature * step_sizes, step_sizes.sqrt()]).float()
-
-
-def _memory(n_floats: int) -> th.Tensor:
-    # Kept for the next call: megabytes fresh from the system cost as much as filling them.
-    memory: th.Tensor | None = getattr(_of_thread, "memory", None)
-    if memory is None or len(memory) < n_floats:
-        memory = _of_thread.memory = th.empty(n_floats)
-    return memory
-
-
-def _pointer_array(tensors: Sequence[th.Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-
-
-def _long_array(numbers: Sequence[int]) -> Any:
-    return (ctypes.c_long * len(numbers))(*numbers)
 
 
 def sample(
@@ -179,7 +71,7 @@ def sample(
     scales = _scales(sampler)
     features, noise, actions = features.float().contiguous(), draws.noise.float().contiguous(), draws.start.float().clone()
     widths = [weight.shape[2] for weight in weights[:-1]]
-    arrays = (_long_array(widths), _pointer_array(weights), _pointer_array(biases))
+    arrays = (long_array(widths), pointer_array(weights), pointer_array(biases))
     chain = _Chain(
         len(weights[0]),
         features.shape[1],
@@ -200,7 +92,7 @@ def sample(
         actions.data_ptr(),
     )
     n_threads = max(1, min(th.get_num_threads(), len(features) // MIN_CHAINS_PER_THREAD))
-    memory = _memory(library.langevin_memory_floats(ctypes.byref(chain), n_threads))
+    memory = work_memory(library.langevin_memory_floats(ctypes.byref(chain), n_threads))
     library.langevin_run(ctypes.byref(chain), memory.data_ptr(), n_threads)
     return actions
 
@@ -216,12 +108,12 @@ class _StackedMlp(th.autograd.Function):
         n_models, batch = len(weights[0]), inputs.shape[-2]
         outputs = th.empty(n_models, batch, weights[-1].shape[2])
         widths = [weights[0].shape[1], *(weight.shape[2] for weight in weights)]
-        arrays = [_long_array(widths), _pointer_array(weights), _pointer_array(biases)]
+        arrays = [long_array(widths), pointer_array(weights), pointer_array(biases)]
         pointers = [*map(ctypes.addressof, arrays), inputs.data_ptr()]
         mlp = _Mlp(n_models, batch, len(weights), ACTIVATIONS[activation], inputs.ndim == 2, *pointers)
         saved = th.empty(library.mlp_saved_floats(ctypes.byref(mlp)))
         mlp.saved, mlp.outputs = saved.data_ptr(), outputs.data_ptr()
-        memory = _memory(library.mlp_memory_floats(ctypes.byref(mlp)))
+        memory = work_memory(library.mlp_memory_floats(ctypes.byref(mlp)))
         library.mlp_forward(ctypes.byref(mlp), memory.data_ptr(), min(th.get_num_threads(), n_models))
         # The struct points into all of these
         ctx.mlp, ctx.kept = mlp, (weights, biases, inputs, saved, arrays)
@@ -237,11 +129,11 @@ class _StackedMlp(th.autograd.Function):
         gradients = [th.empty_like(tensor) for tensor in (*weights, *biases)]
         weight_gradients, bias_gradients = gradients[: len(weights)], gradients[len(weights) :]
         input_gradient = th.empty(mlp.n_models, *inputs.shape[-2:]) if ctx.needs_input_grad[1] else None
-        arrays = [_pointer_array(weight_gradients), _pointer_array(bias_gradients)]
+        arrays = [pointer_array(weight_gradients), pointer_array(bias_gradients)]
         mlp.output_gradient = output_gradient.data_ptr()
         mlp.weight_gradients, mlp.bias_gradients = map(ctypes.addressof, arrays)
         mlp.input_gradient = None if input_gradient is None else input_gradient.data_ptr()
-        memory = _memory(library.mlp_memory_floats(ctypes.byref(mlp)))
+        memory = work_memory(library.mlp_memory_floats(ctypes.byref(mlp)))
         library.mlp_backward(ctypes.byref(mlp), memory.data_ptr(), min(th.get_num_threads(), mlp.n_models))
         if input_gradient is not None and mlp.shared_inputs:
             input_gradient = input_gradient.sum(0)

@@ -66,6 +66,7 @@ class NCLQL(LQL):
         normalize_grad: bool = True,
         n_particles: int = 1,
         reward_scale: float = 0.2,
+        on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
         super().__init__(
@@ -96,6 +97,7 @@ class NCLQL(LQL):
             normalize_grad,
             n_particles,
             reward_scale,
+            on_nonfinite,
             _init_setup_model=False,
         )
         self.n_levels = n_levels

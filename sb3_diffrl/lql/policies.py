@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_diffrl.common import unscale_action
+from sb3_diffrl.common import check_observation, unscale_action
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
@@ -155,6 +155,15 @@ class LangevinPolicy(SafePolicySaving):
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """Actions in the scaled box [-1, 1], ``(batch, action_dim)``."""
         return self._predict(obs, deterministic)
+
+    def obs_to_tensor(self, observation: np.ndarray | dict[str, np.ndarray]) -> tuple[PyTorchObs, bool]:
+        """As every SB3 policy's.
+
+        :raises NonFiniteError: if an observation is not finite
+        """
+        obs, is_batch = super().obs_to_tensor(observation)
+        check_observation(obs)
+        return obs, is_batch
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.deterministic_actions(observation) if deterministic else self.sample_actions(observation)

@@ -1,7 +1,7 @@
 /* Stacked multilayer perceptrons: values, and gradients with respect to weights, biases and inputs. A thread takes whole models. */
 #include "kernels.h"
 
-/* native.py mirrors this struct. Hidden layers are activated, the last layer is linear. */
+/* lql/native.py mirrors this struct. Hidden layers are activated, the last layer is linear. */
 struct mlp {
     long n_models, batch, n_layers;
     int activation, shared_inputs;

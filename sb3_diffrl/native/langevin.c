@@ -10,7 +10,7 @@ struct buffers {
     float *value[2], *slope, *from_features, *actions, *drift, *features;
 };
 
-/* A batch of chains and the critics that drive them; native.py mirrors this struct. */
+/* A batch of chains and the critics that drive them; lql/native.py mirrors this struct. */
 struct chain {
     long n_critics, features_dim, action_dim, first_rows, n_hidden, n_levels, n_steps, batch;
     int activation, normalize;

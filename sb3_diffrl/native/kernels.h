@@ -3,7 +3,7 @@
  * A layer is one blocked matrix product with bias and activation (forwards) or slope (backwards) applied to each tile as it leaves
  * the registers. Each number is summed in one fixed order, so that a row's result does not depend on the others in its batch.
  *
- * Plain C with GCC's and Clang's vector extensions; see native.py for how it is compiled and called. */
+ * Plain C with GCC's and Clang's vector extensions; see library.py for how it is compiled. */
 #pragma once
 #include <math.h>
 #include <stdlib.h>
@@ -25,7 +25,7 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 typedef int veci __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 
-enum { RELU, TANH, SILU, MISH };
+enum { RELU, TANH, SILU, MISH, GELU };
 
 /* Columns rounded up to whole panels; the rest is zero. */
 static inline long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
@@ -65,6 +65,12 @@ INLINE void activate(int kind, vec z, vec *value, vec *slope) {
         vec s = 1.0f / (e + 1.0f);
         *value = z * s;
         *slope = s * (1.0f + z * (1.0f - s));
+    } else if (kind == GELU) {
+        /* the tanh approximation, z / (1 + exp(-2 u)), u = sqrt(2 / pi) (z + 0.044715 z^3) */
+        vec u = 1.59576912f * (z + 0.044715f * z * z * z);
+        vec s = 1.0f / (1.0f + exponential(choose(u < zero - 80.0f, zero + 80.0f, -u)));
+        *value = z * s;
+        *slope = s + z * s * (1.0f - s) * (1.59576912f + 0.214071f * z * z);
     } else {
         /* u = exp(z), m = 1 + u, r = 2 / (1 + m^2): tanh(softplus(z)) = 1 - r, of derivative u m r^2 */
         vec u = exponential(choose(z > zero + 20.0f, zero + 20.0f, z));
@@ -121,7 +127,7 @@ INLINE void tile(int rows, int panels, long k, const float *a, long lda, const f
                 activate(activation, z, &value, &slope);
                 if (e->last) slope *= *(const vec *)(e->last + j);
                 if (e->value) *(vec *)(e->value + at) = value;
-                *(vec *)(e->slope + at) = slope;
+                if (e->slope) *(vec *)(e->slope + at) = slope;
             } else {
                 if (e->times) z *= *(const vec *)(e->times + at);
                 if (e->accumulate) z += *(const vec *)(e->value + at);
@@ -162,6 +168,7 @@ LAYER(relu_layer, RELU)
 LAYER(tanh_layer, TANH)
 LAYER(silu_layer, SILU)
 LAYER(mish_layer, MISH)
+LAYER(gelu_layer, GELU)
 typedef void layer_function(long, long, long, const float *, long, const float *, long, struct epilogue);
 static layer_function *const ACTIVATED[] __attribute__((unused)) = {relu_layer, tanh_layer, silu_layer, mish_layer};
 

@@ -1,0 +1,1 @@
+"""C for CPUs: Langevin chains, stacked perceptrons, transformers that denoise."""

@@ -1,0 +1,125 @@
+"""The compiled C files of this folder, for CPUs.
+
+They are compiled on first use, in a few seconds, by the machine's C compiler (``CC``, or ``cc``), and kept in the user's cache
+folder. Where there is none, or it fails, ``load()`` gives ``None`` and everything runs in torch.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+SOURCES = [Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c", "transformer.c")]
+HEADER = Path(__file__).with_name("kernels.h")
+# No fast-math: NaN must stay NaN. Products and sums may be fused.
+FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
+# The OpenMP that torch has loaded: a pool of threads beside torch's would fight it for the cores. Without it: one thread.
+OPENMP = "-fopenmp"
+
+_of_thread = threading.local()
+logger = logging.getLogger(__name__)
+
+
+def longs(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a ``ctypes.Structure``."""
+    return [(name, ctypes.c_long) for name in names]
+
+
+def ints(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a ``ctypes.Structure``."""
+    return [(name, ctypes.c_int) for name in names]
+
+
+def pointers(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a ``ctypes.Structure``."""
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _processor() -> str:
+    # What -march=native depends on: a cache folder may be shared by machines.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(line for line in lines[:40] if line.startswith(("model name", "flags", "Features", "CPU part")))
+    except OSError:
+        return platform.machine() + platform.processor()
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sb3_diffrl"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def compile_library() -> Path:
+    """Compile the C files unless the cache has them.
+
+    :return: path of the shared library
+    :raises OSError: if there is no compiler, or it fails
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        raise OSError(f"no C compiler `{compiler[0]}`")
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    key = hashlib.sha256("\0".join([*texts, *compiler, *FLAGS, OPENMP, _processor()]).encode()).hexdigest()[:20]
+    library = _cache_folder() / f"native-{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            for flags in ([*FLAGS, OPENMP], FLAGS):
+                command = [*compiler, *flags, "-o", str(built), *map(str, SOURCES), "-lm"]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode == 0:
+                    break
+            else:
+                raise OSError(f"`{compiler[0]}` failed: {done.stderr.strip()[-500:]}")
+            built.replace(library)  # in one step: another process may be looking
+    return library
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The compiled library, ``None`` where it cannot be had (the reason is logged at level INFO)."""
+    try:
+        library = ctypes.CDLL(str(compile_library()))
+    except (OSError, RuntimeError) as error:
+        logger.info("No compiled code, torch computes instead: %s", error)
+        return None
+    for floats in (library.mlp_saved_floats, library.mlp_memory_floats, library.transformer_packed_floats):
+        floats.argtypes, floats.restype = [ctypes.c_void_p], ctypes.c_long
+    for floats in (library.langevin_memory_floats, library.transformer_memory_floats):
+        floats.argtypes, floats.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_long
+    for function in (library.langevin_run, library.mlp_forward, library.mlp_backward, library.transformer_run):
+        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
+    library.transformer_pack.argtypes, library.transformer_pack.restype = [ctypes.c_void_p] * 4, None
+    return library
+
+
+def work_memory(n_floats: int) -> th.Tensor:
+    """Floats to work in, of this thread, with any contents."""
+    # Kept for the next call: megabytes fresh from the system cost as much as filling them.
+    memory: th.Tensor | None = getattr(_of_thread, "memory", None)
+    if memory is None or len(memory) < n_floats:
+        memory = _of_thread.memory = th.empty(n_floats)
+    return memory
+
+
+def pointer_array(tensors: Sequence[th.Tensor]) -> Any:
+    """C array of the tensors' addresses; the tensors must outlive it."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def long_array(numbers: Sequence[int]) -> Any:
+    """C array of ``long``."""
+    return (ctypes.c_long * len(numbers))(*numbers)
