@@ -329,13 +329,10 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         """
         start = self.join(latent, state)
         n_steps = num_inference_steps or self.num_inference_steps
-        return self.planner.process.sample(
-            denoise or self.planner.averaged_steps(n_steps),
-            start,
-            n_steps,
-            fixed=Fixed(self.fixed_mask, state[:, None].expand_as(start)),
-            guidance=guidance,
-        )
+        fixed = Fixed(self.fixed_mask, state[:, None].expand_as(start))
+        if denoise is None:
+            return self.planner.sample(start, None, n_steps, fixed=fixed, guidance=guidance)
+        return self.planner.process.sample(denoise, start, n_steps, fixed=fixed, guidance=guidance)
 
     def value(self, plan: th.Tensor) -> th.Tensor:
         """The critic's value of plans, scaled so that the dataset's are in [-1, 1].
