@@ -1,7 +1,8 @@
 """Planning: train PG on a task's dataset, and evaluate every guidance of the one model beside the data and its controller.
 
     python benchmarks/planning.py run --task umaze --seeds 0 1 2      (train and evaluate, seed by seed)
-    python benchmarks/planning.py time --task umaze
+    python benchmarks/planning.py time --task umaze      (milliseconds per env step)
+    python benchmarks/planning.py paths --task umaze     (plans and executed paths, to be drawn)
 
 The dataset must be on disk (`python -m sb3_diffrl.offline.make sb3-diffrl/pointmaze/umaze-v0`). What is there already is left as it
 is, so a command that was stopped goes on when it is repeated. Models go to ``models/planning/``; ``results/planning/<task>-s<seed>-
@@ -103,7 +104,7 @@ def roll_out(model: Any, env: gym.vector.VectorEnv, n_steps: int, seed: int, det
 
     :return: columns of the CSV, each ``(n_envs,)``
     """
-    observations, _ = env.reset(seed=[1000 * seed + i for i in range(env.num_envs)])
+    observations, _ = env.reset(seed=[1000 * seed + i for i in range(env.num_envs)])  # type: ignore[arg-type]
     th.manual_seed(seed)
     values = model.value(model.plan(observations, deterministic)) if hasattr(model, "plan") else np.full(env.num_envs, np.nan)
     returns, first = np.zeros(env.num_envs), np.full(env.num_envs, n_steps)
@@ -192,14 +193,40 @@ def time_methods(name: str, task: Task, seed: int, args: argparse.Namespace) -> 
     print(described["median_ms"])
 
 
+def record_paths(name: str, task: Task, seed: int, args: argparse.Namespace) -> None:
+    """First plans and executed paths of each guidance in one maze, from the same starts."""
+    dataset = open_task(task)
+    described = metadata({"task": task._asdict(), "seed": seed}, f"python benchmarks/planning.py paths --task {name}")
+    described["methods"] = {}
+    for method in METHODS:
+        model, env = load_method(name, task, seed, method, dataset, args.starts, args.models)
+        observations, _ = env.reset(seed=[77_000 + i for i in range(args.starts)])  # type: ignore[arg-type]
+        th.manual_seed(seed)
+        plans = model.plan(observations, method == "pg")
+        path = [observations]
+        for _ in range(args.path_steps):
+            observations = env.step(model.predict(observations, deterministic=method == "pg")[0])[0]
+            path.append(observations)
+        # (steps + 1, starts, obs_dim) -> (starts, steps + 1, 2)
+        walked = np.stack(path)[:, :, :2].swapaxes(0, 1)
+        described["methods"][method] = {"plans": plans[:, :, :2].round(3).tolist(), "paths": walked.round(3).tolist()}
+    maze = dataset.recover_environment(eval_env=True).unwrapped.maze
+    described["maze"] = maze.maze_map
+    cells = np.argwhere(np.array(maze.maze_map, dtype=str) == "g")
+    described["goals"] = [maze.cell_rowcol_to_xy(cell).tolist() for cell in cells]
+    (args.out / f"{name}-paths.json").write_text(json.dumps(described) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "train", "evaluate", "time"])
+    parser.add_argument("command", choices=["run", "train", "evaluate", "time", "paths"])
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--methods", nargs="+", help="of those to evaluate; all by default")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--starts", type=int, default=8)
+    parser.add_argument("--path-steps", type=int, default=150)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--models", type=Path, default=MODELS)
     args = parser.parse_args()
@@ -209,6 +236,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if args.command == "time":
         time_methods(args.task, task, args.seeds[0], args)
+        return
+    if args.command == "paths":
+        record_paths(args.task, task, args.seeds[0], args)
         return
     for seed in args.seeds:
         if args.command != "evaluate":

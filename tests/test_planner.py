@@ -198,6 +198,14 @@ def test_deterministic_plans_depend_on_the_observation_alone() -> None:
         assert (model.predict(obs)[0] != model.predict(obs)[0]).any()
 
 
+def test_plans_stay_within_their_bound() -> None:
+    observation = np.full((1, 2), 1e3, np.float32)
+    plans = {bound: make_planner(clip_sample=bound).policy.plan(th.as_tensor(observation)) for bound in (None, 0.5)}
+    assert plans[None][:, 1:].abs().max() > 0.5
+    assert plans[0.5][:, 1:].abs().max() <= 0.5
+    assert th.equal(plans[0.5][:, 0], plans[None][:, 0])  # the present state is held as it is
+
+
 def point_mass_dataset(n_episodes: int, cut_in_motion: bool) -> OfflineDataset:
     """A point on a line that a noisy controller takes to 0, where it comes to rest, or where recording ends at full speed."""
     rng = np.random.default_rng(0)
@@ -399,6 +407,11 @@ def test_presets_fit_the_domains_they_are_for(domain: Any, env_id: str, tmp_path
     obs = env.reset()
     assert model.plan(obs).shape == (1, preset["horizon"], model.policy.obs_dim)
     env.step(model.predict(obs)[0])
+    # Environments whose observations are nested come flattened; the model takes them either way.
+    raw = recorded.recover_environment().reset(seed=0)[0]
+    np.testing.assert_array_equal(
+        model.plan(raw, deterministic=True), model.plan(model.policy.flatten(raw, False), deterministic=True)
+    )
     for size in PRESETS[domain].values():
         assert set(size) <= set(vars(model)) | {"learning_rate", "policy_kwargs"}
 

@@ -1,0 +1,144 @@
+"""The tables and figures of the planners' pages, from the raw files of ``planning.py``.
+
+python benchmarks/planning_figures.py
+"""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from figures import FIGURES, RESULTS, TABLES
+from matplotlib.patches import Rectangle
+from scipy import stats
+
+SOURCE = RESULTS / "planning"
+LABELS = {
+    "controller": "controller, no noise",
+    "bc": "DiffusionBC",
+    "none": "`none`",
+    "cg": "`cg`",
+    "cfg": "`cfg`",
+    "mcss": "`mcss`, 50 candidates",
+    "pg": "**PG**, the prior's mean",
+    "pg-sampled": "**PG**, a sample of the prior",
+}
+
+Columns = dict[str, np.ndarray]
+
+
+def load(task: str) -> dict[str, dict[int, Columns]]:
+    """Method -> seed -> columns of its CSV."""
+    found: dict[str, dict[int, Columns]] = defaultdict(dict)
+    for method in LABELS:
+        for path in sorted(SOURCE.glob(f"{task}-s[0-9]-{method}.csv")):
+            with path.open() as file:
+                rows = list(csv.DictReader(file))
+            seed = int(path.stem.removeprefix(f"{task}-s")[0])
+            found[method][seed] = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    return found
+
+
+def interval(seeds: dict[int, Columns], column: str) -> tuple[float, float]:
+    """Mean, and half-width of its 95% interval over seeds (over episodes where there is one seed)."""
+    values = [columns[column] for columns in seeds.values()]
+    means = np.array([value.mean() for value in values]) if len(values) > 1 else values[0]
+    half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
+    return float(means.mean()), float(half)
+
+
+def table(task: str, results: dict[str, dict[int, Columns]]) -> str:
+    """Markdown table of a task."""
+    described = json.loads(next(iter(sorted(SOURCE.glob(f"{task}-s[0-9].json")))).read_text())
+    timing = SOURCE / f"{task}-time.json"
+    times = json.loads(timing.read_text())["median_ms"] if timing.exists() else {}
+    is_maze = "controller" in results
+    head = ["", "seeds x episodes", "return"] + (["score that latches", "success"] if is_maze else []) + ["ms per env step"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    if not is_maze:
+        lines.append(f"| the data | | {described['data']['mean_return']:.0f} | |")
+    for method, seeds in results.items():
+        n_episodes = len(next(iter(seeds.values()))["return"])
+        cells = [LABELS[method], f"{len(seeds)} x {n_episodes}", "{:.0f} ± {:.0f}".format(*interval(seeds, "return"))]
+        if is_maze:
+            cells.append("{:.0f} ± {:.0f}".format(*interval(seeds, "latched")))
+            cells.append("{:.0%} ± {:.0%}".format(*interval(seeds, "success")))
+        cells.append(f"{times[method.removesuffix('-sampled')]:.0f}" if method.removesuffix("-sampled") in times else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    trained = [json.loads(path.read_text())["training_cpu_seconds"] for path in sorted(SOURCE.glob(f"{task}-s[0-9].json"))]
+    versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("torch", "gymnasium", "mujoco"))
+    lines += [
+        "",
+        f"Training took {np.mean(trained):.0f} s of CPU time a seed. {described['hardware']['processor']}, one thread; {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw_maze(axes: Any, maze_map: list[list[Any]]) -> None:
+    """Walls, in the coordinates of PointMaze."""
+    height, width = len(maze_map), len(maze_map[0])
+    for i, row in enumerate(maze_map):
+        for j, cell in enumerate(row):
+            if cell == 1:
+                axes.add_patch(Rectangle((j - width / 2, height / 2 - i - 1), 1, 1, color="0.8"))
+    axes.set(xlim=(-width / 2, width / 2), ylim=(-height / 2, height / 2), xticks=[], yticks=[])
+    axes.set_aspect("equal")
+
+
+def paths_figure(path: Path, out: Path) -> None:
+    """A panel for each guidance: executed paths as lines, the first plans as dots."""
+    described = json.loads(path.read_text())
+    methods = [name for name in LABELS if name in described["methods"]]
+    figure, grid = plt.subplots(2, (len(methods) + 1) // 2, figsize=(11, 7.5), layout="constrained")
+    for axes in grid.flat[len(methods) :]:
+        axes.axis("off")
+    for axes, method in zip(grid.flat, methods, strict=False):
+        draw_maze(axes, described["maze"])
+        entry = described["methods"][method]
+        for i, (plan, walked) in enumerate(zip(entry["plans"], entry["paths"], strict=True)):
+            axes.plot(*np.array(walked).T, color=f"C{i}", linewidth=1.2)
+            axes.plot(*np.array(plan).T, "o", color=f"C{i}", markersize=3)
+        axes.plot(*np.array(described["goals"]).T, "*", color="k", markersize=11)
+        axes.set_title(LABELS[method].replace("`", "").replace("*", ""))
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def value_figure(results: dict[str, dict[int, Columns]], out: Path) -> None:
+    """The critic's value of an episode's first plan against the return achieved, of all seeds."""
+    methods = [name for name in ("none", "cg", "cfg", "mcss", "pg", "pg-sampled") if name in results]
+    figure, grid = plt.subplots(2, 3, figsize=(10, 6), sharex=True, sharey=True, layout="constrained")
+    for axes in grid.flat[len(methods) :]:
+        axes.axis("off")
+    for axes, method in zip(grid.flat, methods, strict=False):
+        values, returns = (np.concatenate([c[name] for c in results[method].values()]) for name in ("plan_value", "return"))
+        axes.scatter(values, returns, s=8, alpha=0.5)
+        rank = stats.spearmanr(values, returns).statistic if values.std() and returns.std() else float("nan")
+        axes.set_title(f"{method}: rank correlation {rank:.2f}")
+    figure.supxlabel("value of the first plan (discounted return, by the critic)")
+    figure.supylabel("return achieved")
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    for path in sorted(SOURCE.glob("*-s0.json")):
+        task = path.stem.removesuffix("-s0")
+        results = load(task)
+        if not results:
+            continue
+        (TABLES / f"planning-{task}.md").write_text(table(task, results))
+        value_figure(results, FIGURES / f"planning-{task}-value.png")
+    for path in sorted(SOURCE.glob("*-paths.json")):
+        paths_figure(path, FIGURES / f"planning-{path.stem}.png")
+
+
+if __name__ == "__main__":
+    main()
