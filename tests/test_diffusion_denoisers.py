@@ -255,7 +255,7 @@ def test_at_the_times_of_a_chain_the_network_is_as_at_each_alone(kind: str, cond
 
 @pytest.mark.parametrize(
     ("in_dim", "length", "d_model", "head_dim", "depth", "batch"),
-    [(4, 32, 64, 32, 2, 3), (17, 4, 96, 16, 1, 30), (3, 2, 32, 16, 3, 1), (29, 50, 64, 64, 2, 2), (1, 9, 32, 32, 1, 11)],
+    [(4, 32, 64, 32, 2, 3), (17, 4, 96, 16, 1, 30), (3, 2, 32, 16, 3, 1), (29, 50, 64, 64, 2, 2), (1, 9, 48, 12, 1, 11)],
 )
 @pytest.mark.parametrize("is_inpainting", [False, True])
 def test_compiled_chains_are_those_of_torch(
@@ -263,7 +263,8 @@ def test_compiled_chains_are_those_of_torch(
 ) -> None:
     th.manual_seed(0)
     network = DiT1d(in_dim, length, d_model=d_model, depth=depth, head_dim=head_dim)
-    model = DiffusionModel(randomised(network), DiffusionProcess(make_schedule("vp", 0)))
+    process = DiffusionProcess(make_schedule("vp", 0), clip_sample=3.0 if is_inpainting else None)
+    model = DiffusionModel(randomised(network), process)
     model.update_ema()
     start = th.randn(batch, length, in_dim)
     mask = th.rand(length, in_dim) < 0.3
@@ -271,17 +272,21 @@ def test_compiled_chains_are_those_of_torch(
     compiled = model.sample(start, None, 6, fixed=fixed)
     model.use_native = False
     plain = model.sample(start, None, 6, fixed=fixed)
-    th.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    exact = model.double().sample(start.double(), None, 6, fixed=fixed and Fixed(mask, fixed.values.double()))
+    # The first steps multiply rounding errors by 1 / alpha, about 150: no further from exact numbers than torch's float32
+    error, torchs_error = (float((sample - exact).abs().max()) for sample in (compiled, plain))
+    assert error < 5 * torchs_error + 1e-5
     if fixed is not None:
         assert th.equal(compiled[:, mask], fixed.values[:, mask])
 
 
 @pytest.mark.skipif(library.load() is None, reason="no C compiler")
 def test_compiled_chains_see_weights_that_change_and_do_not_depend_on_the_batch() -> None:
-    network = randomised(DiT1d(3, 8, d_model=64, head_dim=32))
+    network = DiT1d(3, 8, d_model=64, head_dim=32)
+    randomised(network)
     model = DiffusionModel(network, DiffusionProcess(make_schedule("vp", 0)))
     model.update_ema()
-    assert native.supports(model.denoiser_ema.module.transformer)
+    assert native.supports(network.transformer)
     start = th.randn(20, 8, 3)
     before = model.sample(start, None, 4)
     assert th.equal(model.sample(start[7:8], None, 4), before[7:8])

@@ -106,7 +106,6 @@ class DiffusionModel(nn.Module):
             and isinstance(network, DiT1d)
             and solver == "ddim"
             and guidance is None
-            and self.process.clip_sample is None
             and (cond is None or len(cond) == 1)
             and (fixed is None or fixed.mask.ndim <= start.ndim - 1)
             and not (th.is_grad_enabled() and start.requires_grad)
@@ -122,7 +121,8 @@ class DiffusionModel(nn.Module):
         steps = self.process.step_coefficients(num_inference_steps, "ddim")
         coefficients = [(step.x0_x, step.x0_output, step.next_x, step.next_x0) for step in steps]
         start = start if fixed is None else th.where(fixed.mask, fixed.values, start)
-        return native.ddim(network.transformer, vectors, coefficients, start, None if fixed is None else fixed.mask)
+        mask = None if fixed is None else fixed.mask
+        return native.ddim(network.transformer, vectors, coefficients, start, mask, self.process.clip_sample)
 
     def update_ema(self) -> None:
         """Let the moving average follow, after an optimiser step. The first call copies the weights."""

@@ -1,6 +1,7 @@
 """DDIM chains of a ``DiT1d`` in compiled C on a CPU: a block of trajectories goes through all its steps in the cache."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,9 +12,7 @@ from torch import nn
 from sb3_diffrl.diffusion.transformer import Block, Transformer1d
 from sb3_diffrl.native.library import load, longs, pointer_array, pointers, work_memory
 
-# Widths must be whole panels of the C code, on any processor.
-PANEL = 32
-# Head sizes must be whole vector registers.
+# Widths must be whole vectors of the C code, on any processor.
 LANES = 16
 
 
@@ -21,6 +20,7 @@ class _Transformer(ctypes.Structure):
     # struct transformer of transformer.c
     _fields_ = (
         *longs("in_dim", "length", "d_model", "head_dim", "depth", "n_steps", "batch"),
+        ("clip", ctypes.c_float),
         *pointers("packed", "positions", "vectors", "coefficients", "is_fixed", "plans"),
     )
 
@@ -34,15 +34,13 @@ _packed: WeakKeyDictionary[Transformer1d, _Packed] = WeakKeyDictionary()
 
 
 def supports(network: Transformer1d) -> bool:
-    """Whether the compiled code can run this network: float32 on a CPU, of sizes that fill vector registers."""
+    """Whether the compiled code can run this network: float32 on a CPU, of a width that fills vector registers."""
     weight = network.output.weight
-    head_dim = network.head_dim
     return (
         weight.device.type == "cpu"
         and weight.dtype == th.float32
         and network.output.out_features == network.embedding.in_features
-        and weight.shape[1] % PANEL == 0
-        and head_dim % LANES == 0
+        and weight.shape[1] % LANES == 0
         and load() is not None
     )
 
@@ -84,6 +82,7 @@ def ddim(
     coefficients: Sequence[tuple[float, float, float, float]],
     start: th.Tensor,
     fixed_mask: th.Tensor | None,
+    clip_sample: float | None,
 ) -> th.Tensor:
     """Denoise by DDIM; what a trajectory becomes depends on its own start alone.
 
@@ -92,6 +91,7 @@ def ddim(
     :param coefficients: of each step: ``x0 = c0 x + c1 output``, ``next x = c2 x + c3 x0``
     :param start: ``(batch, length, in_dim)``, clean where ``fixed_mask`` is true
     :param fixed_mask: boolean, ``(length, in_dim)``, true where ``start`` is held
+    :param clip_sample: x0 is held in [-clip_sample, clip_sample]
     :return: float32, of the shape of ``start``
     """
     library = load()
@@ -103,7 +103,7 @@ def ddim(
     kept = (vectors.detach().float().contiguous(), th.tensor(coefficients), network.positions.contiguous(), is_fixed, plans)
     vectors_, coefficients_, positions, *_ = kept
     d_model, depth = network.output.in_features, len(network.blocks)
-    struct = _Transformer(in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch)
+    struct = _Transformer(in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, clip_sample or math.inf)
     packed = _pack(network, struct)
     struct.packed, struct.positions, struct.vectors = packed.data_ptr(), positions.data_ptr(), vectors_.data_ptr()
     struct.coefficients, struct.is_fixed, struct.plans = coefficients_.data_ptr(), is_fixed.data_ptr(), plans.data_ptr()

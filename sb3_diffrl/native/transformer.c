@@ -7,7 +7,8 @@
 
 /* A batch of chains and the transformer that denoises them; diffusion/native.py mirrors this struct. */
 struct transformer {
-    long in_dim, length, d_model, head_dim, depth, n_steps, batch;
+    long in_dim, length, d_model, head_dim, depth, n_steps, batch; /* d_model: whole vectors */
+    float clip;                /* x0 is held in [-clip, clip] */
     const float *packed;       /* transformer_pack(): all weights and biases */
     const float *positions;    /* (length, d_model) */
     const float *vectors;      /* (n_steps, 6 depth + 2, d_model): what sets the layer norms and gates */
@@ -71,10 +72,10 @@ void transformer_pack(const struct transformer *t, const float *const *weights, 
     }
 }
 
-/* Rows of d numbers to rows of mean 0 and variance 1, then times 1 + scale, plus shift. */
+/* Rows of d numbers, padded(d) apart, to rows of mean 0 and variance 1, then times 1 + scale, plus shift. */
 static void modulated_norm(long rows, long d, const float *x, const float *shift, const float *scale, float *to) {
     for (long r = 0; r < rows; r++) {
-        const float *from = x + r * d;
+        const float *from = x + r * padded(d);
         vec sum = {0}, squares = {0};
         for (long j = 0; j < d; j += LANES) sum += *(const vec *)(from + j);
         float mean = 0, variance = 0;
@@ -88,45 +89,49 @@ static void modulated_norm(long rows, long d, const float *x, const float *shift
         float factor = 1.0f / sqrtf(variance / d + NORM_EPS);
         for (long j = 0; j < d; j += LANES) {
             vec normed = (*(const vec *)(from + j) - mean) * factor;
-            *(vec *)(to + r * d + j) = normed * (1.0f + *(const vec *)(scale + j)) + *(const vec *)(shift + j);
+            *(vec *)(to + r * padded(d) + j) = normed * (1.0f + *(const vec *)(scale + j)) + *(const vec *)(shift + j);
         }
     }
 }
 
 static void add_gated(long rows, long d, const float *gate, const float *from, float *x) {
     for (long r = 0; r < rows; r++)
-        for (long j = 0; j < d; j += LANES) *(vec *)(x + r * d + j) += *(const vec *)(gate + j) * *(const vec *)(from + r * d + j);
+        for (long j = 0; j < d; j += LANES) *(vec *)(x + r * padded(d) + j) += *(const vec *)(gate + j) * *(const vec *)(from + r * padded(d) + j);
 }
 
 INLINE float dot(long n, const float *a, const float *b) {
     vec sum = {0};
-    for (long j = 0; j < n; j += LANES) sum += *(const vec *)(a + j) * *(const vec *)(b + j);
+    long j = 0;
+    for (; j + LANES <= n; j += LANES) sum += *(const vec *)(a + j) * *(const vec *)(b + j);
     float total = 0;
+    for (; j < n; j++) total += a[j] * b[j];
     for (int l = 0; l < LANES; l++) total += sum[l];
     return total;
 }
 
+INLINE void add_scaled(long n, float factor, const float *from, float *to) {
+    long j = 0;
+    for (; j + LANES <= n; j += LANES) *(vec *)(to + j) += factor * *(const vec *)(from + j);
+    for (; j < n; j++) to[j] += factor * from[j];
+}
+
 /* One trajectory's attention: every step sees every other. scores: room for padded(length). */
 static void attend(const struct transformer *t, const float *query, const float *key_value, float *scores, float *to) {
-    long d = t->d_model, h = t->head_dim, n = t->length, whole = padded(n);
+    long d = t->d_model, h = t->head_dim, n = t->length, whole = padded(n), ld = padded(d), ld_key_value = padded(2 * d);
     float factor = 1.0f / sqrtf(h);
     for (long head = 0; head < d; head += h)
         for (long i = 0; i < n; i++) {
             float largest = -INFINITY, total = 0;
             for (long k = 0; k < n; k++) {
-                scores[k] = factor * dot(h, query + i * d + head, key_value + k * 2 * d + head);
+                scores[k] = factor * dot(h, query + i * ld + head, key_value + k * ld_key_value + head);
                 largest = scores[k] > largest ? scores[k] : largest;
             }
             for (long k = n; k < whole; k++) scores[k] = largest;
             for (long k = 0; k < whole; k += LANES) *(vec *)(scores + k) = exponential(*(vec *)(scores + k) - largest);
             for (long k = 0; k < n; k++) total += scores[k];
-            float *out = to + i * d + head;
+            float *out = to + i * ld + head;
             memset(out, 0, sizeof(float) * h);
-            for (long k = 0; k < n; k++) {
-                float weight = scores[k] / total;
-                const float *value = key_value + k * 2 * d + d + head;
-                for (long j = 0; j < h; j += LANES) *(vec *)(out + j) += weight * *(const vec *)(value + j);
-            }
+            for (long k = 0; k < n; k++) add_scaled(h, scores[k] / total, key_value + k * ld_key_value + d + head, out);
         }
 }
 
@@ -139,18 +144,18 @@ static void apply(struct linear l, long rows, const float *a, long lda, float *v
 }
 
 static void apply_block(const struct transformer *t, long block, long n_plans, const float *vectors, const struct scratch *s) {
-    long d = t->d_model, rows = n_plans * t->length, first = 1 + LINEARS * block;
+    long d = t->d_model, ld = padded(d), rows = n_plans * t->length, first = 1 + LINEARS * block;
     modulated_norm(rows, d, s->x, vectors, vectors + d, s->normed);
-    apply(linear_at(t, first + QUERY), rows, s->normed, d, s->query);
-    apply(linear_at(t, first + KEY_VALUE), rows, s->normed, d, s->wide);
+    apply(linear_at(t, first + QUERY), rows, s->normed, ld, s->query);
+    apply(linear_at(t, first + KEY_VALUE), rows, s->normed, ld, s->wide);
     for (long p = 0; p < n_plans; p++)
-        attend(t, s->query + p * t->length * d, s->wide + p * t->length * 2 * d, s->scores, s->normed + p * t->length * d);
-    apply(linear_at(t, first + ATTENTION_OUT), rows, s->normed, d, s->result);
+        attend(t, s->query + p * t->length * ld, s->wide + p * t->length * padded(2 * d), s->scores, s->normed + p * t->length * ld);
+    apply(linear_at(t, first + ATTENTION_OUT), rows, s->normed, ld, s->result);
     add_gated(rows, d, vectors + 2 * d, s->result, s->x);
     modulated_norm(rows, d, s->x, vectors + 3 * d, vectors + 4 * d, s->normed);
     struct linear expand = linear_at(t, first + EXPAND);
-    gelu_layer(rows, d, 4 * d, s->normed, d, expand.panels, 4 * d, (struct epilogue){.bias = expand.bias, .value = s->wide});
-    apply(linear_at(t, first + CONTRACT), rows, s->wide, 4 * d, s->result);
+    gelu_layer(rows, d, padded(4 * d), s->normed, ld, expand.panels, padded(4 * d), (struct epilogue){.bias = expand.bias, .value = s->wide});
+    apply(linear_at(t, first + CONTRACT), rows, s->wide, padded(4 * d), s->result);
     add_gated(rows, d, vectors + 5 * d, s->result, s->x);
 }
 
@@ -160,15 +165,16 @@ static void run_block(const struct transformer *t, float *plans, long n_plans, c
         const float *vectors = t->vectors + step * n_vectors * d, *c = t->coefficients + 4 * step;
         apply(linear_at(t, 0), rows, plans, n, s->x);
         for (long r = 0; r < rows; r++)
-            for (long j = 0; j < d; j += LANES) *(vec *)(s->x + r * d + j) += *(const vec *)(t->positions + r % t->length * d + j);
+            for (long j = 0; j < d; j += LANES) *(vec *)(s->x + r * padded(d) + j) += *(const vec *)(t->positions + r % t->length * d + j);
         for (long block = 0; block < t->depth; block++) apply_block(t, block, n_plans, vectors + BLOCK_VECTORS * block * d, s);
         vectors += BLOCK_VECTORS * t->depth * d;
         modulated_norm(rows, d, s->x, vectors, vectors + d, s->normed);
-        apply(linear_at(t, LINEARS * t->depth + 1), rows, s->normed, d, s->result);
+        apply(linear_at(t, LINEARS * t->depth + 1), rows, s->normed, padded(d), s->result);
         for (long r = 0; r < rows; r++)
             for (long j = 0; j < n; j++) {
                 if (t->is_fixed[r % t->length * n + j]) continue;
                 float *x = plans + r * n + j, x0 = c[0] * *x + c[1] * s->result[r * ld + j];
+                x0 = x0 > t->clip ? t->clip : x0 < -t->clip ? -t->clip : x0;
                 *x = c[2] * *x + c[3] * x0;
             }
     }
@@ -180,15 +186,16 @@ static long plans_of_block(const struct transformer *t) {
 }
 
 static long scratch_floats(const struct transformer *t) {
-    long rows = whole_tiles(plans_of_block(t) * t->length), widest = padded(t->in_dim) > t->d_model ? padded(t->in_dim) : t->d_model;
-    return rows * (t->in_dim + 3 * t->d_model + 4 * t->d_model + widest) + padded(t->length);
+    long rows = whole_tiles(plans_of_block(t) * t->length), wide = padded(4 * t->d_model);
+    long widest = padded(t->in_dim) > padded(t->d_model) ? padded(t->in_dim) : padded(t->d_model);
+    return rows * (t->in_dim + 3 * padded(t->d_model) + wide + widest) + padded(t->length);
 }
 
 /* Floats that transformer_run() needs to work in. */
 long transformer_memory_floats(const struct transformer *t, long n_threads) { return n_threads * scratch_floats(t); }
 
 static void run_part(const struct transformer *t, long begin, long end, float *memory) {
-    long per_block = plans_of_block(t), rows = whole_tiles(per_block * t->length), d = t->d_model, plan = t->length * t->in_dim;
+    long per_block = plans_of_block(t), rows = whole_tiles(per_block * t->length), d = padded(t->d_model), plan = t->length * t->in_dim;
     /* Rows beyond the block's own are computed and not used: they must be numbers. */
     memset(memory, 0, sizeof(float) * scratch_floats(t));
     float *plans = take(&memory, rows * t->in_dim);
@@ -196,7 +203,7 @@ static void run_part(const struct transformer *t, long begin, long end, float *m
     s.x = take(&memory, rows * d);
     s.normed = take(&memory, rows * d);
     s.query = take(&memory, rows * d);
-    s.wide = take(&memory, rows * 4 * d);
+    s.wide = take(&memory, rows * padded(4 * t->d_model));
     s.scores = take(&memory, padded(t->length));
     s.result = memory;
     for (long i = begin; i < end; i += per_block) {
