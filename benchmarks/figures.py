@@ -96,17 +96,26 @@ def learning_figure(runs: dict[tuple[str, str], dict[int, Curve]], env: str, pat
     plt.close(figure)
 
 
-def speed_table() -> str:
-    described: dict[str, Any] = json.loads((RESULTS / "speed.json").read_text())
-    names = {"nclql": "NC-LQL", "reference": "authors' JAX implementation", "sac": "SB3's SAC, same nets"}
-    lines = ["| task | agent | median | NC-LQL takes |", "|---|---|---|---|"]
+def contest_table(source: str, ours: str, names: dict[str, str]) -> str:
+    """Medians of the contestants, and the ratio of our time to each other's in the same round."""
+    described: dict[str, Any] = json.loads((RESULTS / source).read_text())
+    lines = [f"| task | contestant | median | {names[ours]} takes |", "|---|---|---|---|"]
     for task, entries in described["results"].items():
-        for name, entry in sorted(entries.items()):
-            ratio = f"{entry['nclql_over_this']:.2f} times this" if "nclql_over_this" in entry else ""
+        for name, entry in sorted(entries.items(), key=lambda item: item[0] != ours):
+            ratio = f"{entry[f'{ours}_over_this']:.2f} times this" if f"{ours}_over_this" in entry else ""
             lines.append(f"| {task} | {names[name]} | {entry['median_ms']:.1f} ms | {ratio} |")
     hardware, versions = described["hardware"], described["versions"]
-    lines += ["", f"{hardware['processor']}, {hardware['threads']} threads; {', '.join(f'{k} {v}' for k, v in versions.items())}."]
+    lines += ["", f"{hardware['processor']}, {hardware['cores']} cores; {', '.join(f'{k} {v}' for k, v in versions.items())}."]
     return "\n".join(lines) + "\n"
+
+
+def speed_table() -> str:
+    names = {"nclql": "NC-LQL", "reference": "authors' JAX implementation", "sac": "SB3's SAC, same nets"}
+    return contest_table("speed.json", "nclql", names)
+
+
+def planning_speed_table() -> str:
+    return contest_table("planning_speed.json", "sb3_diffrl", {"sb3_diffrl": "sb3_diffrl", "cleandiffuser": "CleanDiffuser"})
 
 
 def rule_table() -> str:
@@ -209,6 +218,7 @@ def main() -> None:
         (TABLES / f"learning-{env}.md").write_text(final_table(runs, env))
     tables = (
         ("speed", "speed.json", speed_table),
+        ("planning_speed", "planning_speed.json", planning_speed_table),
         ("deterministic_rule", "deterministic_rule.csv", rule_table),
         ("value_error", "value_error.csv", value_table),
         ("loading", "loading.json", loading_table),
