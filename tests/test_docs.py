@@ -67,6 +67,16 @@ def test_planning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert {path.name for path in (tmp_path / "planning").iterdir()} == {"pg.zip", "plans.png"}
 
 
+def test_digits_example(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "digits.py"), "--steps", "200", "--times", "50"]
+    for sampler in ("uniform", "adaptive"):
+        printed = run([*command, "--timestep-sampler", sampler], tmp_path)
+        bounds = [float(bound) for bound in re.findall(r"held-out bound +(-?\d+\.\d+) bits", printed)]
+        assert len(bounds) == 5
+        assert bounds[-1] < bounds[0] - 1
+    assert (tmp_path / "digits" / "digits.png").stat().st_size > 10_000
+
+
 def test_every_figure_and_table_on_a_page_exists() -> None:
     for page in PAGES:
         text = page.read_text()

@@ -1,6 +1,6 @@
 """Plan through a maze: make a dataset, train Prior Guidance on it, draw its plans, and walk.
 
-python examples/planning.py            (or: python examples/planning.py --help)
+python examples/maze.py            (or: python examples/maze.py --help)
 
 Under a minute, so plans are rough: docs/algorithms/pg.md has what more training gives. The dataset goes where Minari keeps its own
 (MINARI_DATASETS_PATH, or a folder in the home directory).
