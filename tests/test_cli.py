@@ -1,0 +1,289 @@
+"""The command line: what each command does and leaves, repeats, goes on with, and says when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.monitor import load_results
+
+from sb3_diffrl import NCLQL, DiffusionBC
+from sb3_diffrl.cli import main
+from sb3_diffrl.configs import load_yaml
+from tests.cli_tools import DATASET, ONLINE, say, train_offline, train_online
+from tests.zoo_process import gymnasium_put_back  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def run(logs: Path) -> Path:
+    return train_online(logs)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("minari")
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    assert main(["dataset", "make", "sb3-diffrl/pointmaze/umaze-v0", "--quick", "--n-steps", "400"]) == 0
+    if before is None:
+        del os.environ["MINARI_DATASETS_PATH"]
+    else:
+        os.environ["MINARI_DATASETS_PATH"] = before
+    return folder
+
+
+@pytest.fixture
+def on_disk(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(data))
+
+
+def test_a_run_leaves_what_rl_zoo_leaves_and_what_repeats_it(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {"Pendulum-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv", "Pendulum-v1"} <= names
+    config, args, described = (load_yaml(run / "Pendulum-v1" / f"{name}.yml") for name in ("config", "args", "run"))
+    assert config["n_timesteps"] == 120
+    assert config["policy_kwargs"] == {"net_arch": [8, 8]}
+    assert config["tau"] == 0.02  # the shipped setting
+    assert args["env_kwargs"] is None  # RL Zoo's own enjoy reads it
+    assert described["seed"] == 1
+    assert {"torch", "stable-baselines3", "sb3_diffrl"} <= set(described["versions"])
+    assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [60, 120]
+
+
+def test_from_repeats_a_run_in_a_folder_of_its_own(run: Path, logs: Path) -> None:
+    before = (run / "Pendulum-v1.zip").stat().st_mtime_ns
+    assert main(["train", "--from", str(run), "-f", str(logs), "--num-threads", "1", "--device", "cpu", "-v", "0"]) == 0
+    again = run.with_name("Pendulum-v1_2")
+    first, second = (NCLQL.load(folder / "Pendulum-v1.zip").policy.state_dict() for folder in (run, again))
+    assert all(th.equal(first[name], second[name]) for name in first)
+    assert (run / "Pendulum-v1.zip").stat().st_mtime_ns == before
+    assert load_yaml(again / "Pendulum-v1" / "config.yml") == load_yaml(run / "Pendulum-v1" / "config.yml")
+
+
+def test_evaluate_gives_the_returns(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a" / "scores.json"
+    printed = say(capsys, "evaluate", run, "-n", 2, "-o", out, "-w", "TimeLimit:max_episode_steps=7")
+    scores = json.loads(out.read_text())
+    assert scores["lengths"] == [7, 7]
+    assert scores["mean_return"] == pytest.approx(np.mean(scores["returns"]))
+    assert f"return {scores['mean_return']:.2f}" in printed
+    # The same by names, and by the best model
+    by_name = say(capsys, "evaluate", "--algo", "nclql", "--env", "Pendulum-v1", "-f", run.parent.parent, "--exp-id", 1, "-n", 2,
+                  "-w", "TimeLimit:max_episode_steps=7")  # fmt: skip
+    assert by_name == printed
+    say(capsys, "evaluate", run, "-n", 1, "--best", "-w", "TimeLimit:max_episode_steps=7")
+
+
+def test_several_envs_and_drawn_actions(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["-w", "TimeLimit:max_episode_steps=5"]
+    assert "over 4 episodes, 5 steps" in say(capsys, "evaluate", run, "-n", 4, "--n-envs", 2, "--stochastic", *short)
+
+
+def test_record_films_whole_episodes_and_never_overwrites(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        printed = say(capsys, "record", run, "-n", 1, "-o", tmp_path / "v", "-w", "TimeLimit:max_episode_steps=4")
+        video = tmp_path / "v" / f"video{number}-episode-0.mp4"
+        assert str(video) in printed
+        assert video.stat().st_size > 500
+    assert len(list((tmp_path / "v").glob("*.mp4"))) == 2
+
+
+def test_enjoy_without_a_screen_says_what_to_do(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    if sys.platform == "linux":
+        assert "--video" in say(capsys, "enjoy", run, code=1)
+    short = ["-n", 1, "-w", "TimeLimit:max_episode_steps=4"]
+    assert "return" in say(capsys, "enjoy", run, "--no-render", *short)
+    say(capsys, "enjoy", run, "--video", tmp_path / "film", *short)
+    assert len(list((tmp_path / "film").glob("*.mp4"))) == 1
+
+
+@pytest.mark.parametrize("algo", ["diffusion_bc", "planner", "pg"])
+def test_offline_agents_fit_the_same_layout(algo: str, on_disk: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train_offline(tmp_path, algo)
+    assert folder.name == "sb3-diffrl-pointmaze-umaze-quick-v0_1"
+    assert load_yaml(folder / folder.name[:-2] / "config.yml")["dataset"] == DATASET
+    printed = say(capsys, "evaluate", "--algo", algo, "--dataset", DATASET, "-f", tmp_path, "-n", 1, "-w",
+                  "TimeLimit:max_episode_steps=3")  # fmt: skip
+    assert "normalised score" in printed
+
+
+def test_offline_evaluation_in_another_env(on_disk: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gymnasium_robotics  # noqa: F401 - registers the mazes
+
+    folder = train_offline(tmp_path, "diffusion_bc", "--env", "PointMaze_Medium-v3")
+    assert folder.name == "PointMaze_Medium-v3_1"
+    say(capsys, "evaluate", folder, "-n", 1, "-w", "TimeLimit:max_episode_steps=3")
+
+
+def test_a_resumed_offline_run_is_the_run_that_never_stopped(on_disk: None, tmp_path: Path) -> None:
+    constant = ["--params", "learning_rate:1e-3"]
+    whole = train_offline(tmp_path / "whole", "diffusion_bc", *constant, n=6)
+    half = train_offline(tmp_path / "half", "diffusion_bc", *constant, n=3)
+    described = half / half.name[:-2] / "run.yml"
+    text = described.read_text()
+    assert "n_timesteps: 3" in text
+    described.write_text(text.replace("n_timesteps: 3", "n_timesteps: 6"))  # as if it had been stopped half-way
+    assert main(["train", "--resume", str(half), "--num-threads", "1", "--device", "cpu", "-v", "0"]) == 0
+    models = [DiffusionBC.load(folder / f"{folder.name[:-2]}.zip") for folder in (whole, half)]
+    assert [model.num_timesteps for model in models] == [6, 6]
+    one, other = (model.policy.state_dict() for model in models)
+    assert all(th.equal(one[name], other[name]) for name in one)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sb3_diffrl", "train", "--algo", "nclql", "--env", "Pendulum-v1", "-n", "100000"]
+    command += ["--eval-freq", "100", "--eval-episodes", "1", "--seed", "0", "-f", str(tmp_path), *ONLINE]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = tmp_path / "nclql" / "Pendulum-v1_1"
+    deadline = time.monotonic() + 120
+    while not (folder / "evaluations.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert f"sb3-diffrl train --resume {folder}" in printed
+    steps = NCLQL.load(folder / "Pendulum-v1.zip").num_timesteps
+    assert 100 <= steps < 100_000
+    assert (folder / "replay_buffer.pkl").exists()
+
+    # Goes on to a nearer end.
+    path = folder / "Pendulum-v1" / "run.yml"
+    path.write_text(path.read_text().replace("n_timesteps: 100000", f"n_timesteps: {steps + 200}"))
+    assert main(["train", "--resume", str(folder), "--num-threads", "1", "--device", "cpu", "-v", "0"]) == 0
+    model = NCLQL.load(folder / "Pendulum-v1.zip")
+    model.load_replay_buffer(folder / "replay_buffer.pkl")
+    assert model.num_timesteps == steps + 200
+    evaluated = np.load(folder / "evaluations.npz")["timesteps"].tolist()
+    assert evaluated == sorted(set(evaluated))
+    assert evaluated[0] == 100
+    assert evaluated[-1] > steps
+    assert len(load_results(str(folder))) >= (steps + 200) // 200 - 1  # episodes of both parts
+    assert [path.name for path in folder.parent.iterdir()] == ["Pendulum-v1_1"]
+
+
+def test_tune_finds_settings_that_train_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage, study = tmp_path / "study.log", "mine"
+    words = ["tune", "--algo", "nclql", "--env", "Pendulum-v1", "-n", 60, "--n-trials", 2, "--n-evaluations", 1]
+    words += ["--eval-episodes", 1, "-f", tmp_path, "--storage", storage, "--study-name", study, "--seed", 0]
+    words += [word for word in ONLINE if word != "--no-progress"]
+    words += ["-w", "TimeLimit:max_episode_steps=10"]
+    say(capsys, *words)
+    best = tmp_path / "nclql" / "tune-Pendulum-v1_1" / "best.yml"
+    entry = load_yaml(best)["Pendulum-v1"]
+    assert {"gamma", "learning_rate", "reward_scale", "tau", "policy_kwargs"} <= set(entry)
+    words[words.index("--n-trials") + 1] = 1
+    say(capsys, *words)  # the same study goes on
+    import optuna
+
+    backend = optuna.storages.journal.JournalFileBackend(str(storage))
+    assert len(optuna.load_study(storage=optuna.storages.JournalStorage(backend), study_name=study).trials) == 3
+    folder = train_online(tmp_path, "--config", best)
+    assert load_yaml(folder / "Pendulum-v1" / "config.yml")["tau"] == entry["tau"]
+
+
+def test_dataset_record_info_list(run: Path, on_disk: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "50 steps" in say(capsys, "dataset", "record", "test/pendulum/mine-v0", run, "--n-steps", 50, "--overwrite")
+    printed = say(capsys, "dataset", "info", "test/pendulum/mine-v0")
+    assert "Pendulum-v1" in printed
+    assert "NCLQL" in printed
+    listed = say(capsys, "dataset", "list")
+    assert "test/pendulum/mine-v0" in listed
+    assert "sb3-diffrl/hopper/expert-v0" in listed
+    assert "error: " in say(capsys, "dataset", "record", "test/pendulum/mine-v0", run, "--n-steps", 50, code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--algo", "nclq", "--env", "Pendulum-v1"], "nclql"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v2"], "Pendulum-v1"),
+        (["train", "--algo", "nclql"], "--env"),
+        (["train", "--algo", "pg", "--env", "Hopper-v5"], "--dataset"),
+        (["train", "--algo", "sac", "--dataset", DATASET], "--env"),
+        (["train", "--algo", "pg", "--dataset", "sb3-diffrl/pointmaze/umaze-v7"], "not on disk"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", "absent.yml"], "absent.yml"),
+        (["train", "--resume", "absent"], "not the folder of a run"),
+        (["evaluate", "--algo", "nclql", "--env", "Hopper-v5"], "No run"),
+        (["evaluate"], "--algo"),
+        (["list", "nclq"], "nclql"),
+        (["dataset", "make", "sb3-diffrl/pointmaze/umazz-v0"], "umaze-v0"),
+    ],
+)
+def test_errors_say_what_to_do(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code, message = 1, str(error)
+    else:
+        message = capsys.readouterr().err
+    assert code == 1
+    assert said in message
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "train"),
+        (["train", "--alg0", "x"], "--algo"),
+        (["evaluate", "x", "-w", "TimeLimt"], "TimeLimit"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_wrong_command_line_suggests_the_right_one(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err.split("error:")[1]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["tune"], ["evaluate"], ["enjoy"], ["record"], ["plot"], ["plot", "curves"], ["dataset"], ["list"]]
+)
+def test_every_command_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--help"])
+    assert end.value.code == 0
+    assert "usage: sb3-diffrl" in capsys.readouterr().out
+
+
+def test_list_names_algorithms_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = say(capsys, "list")
+    assert "NCLQL" in printed
+    assert "D4RL/pointmaze/umaze-v2" in printed
+    assert "*small" in say(capsys, "list", "nclql")
+
+
+def test_a_missing_extra_says_how_to_install_it() -> None:
+    code = "import sys; sys.modules['rl_zoo3'] = None; from sb3_diffrl.cli import main; sys.exit(main(['evaluate', 'x']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert 'pip install "sb3_diffrl[zoo]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_configuration_that_runs_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mine.yml"
+    config.write_text("Pendulum-v1: {n_timesteps: 10, policy: MlpPolicy, env_wrapper: subprocess.Popen}\n")
+    assert "--trust" in say(capsys, "train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", config, "-f", tmp_path, code=1)
+    config.write_text("Pendulum-v1: {n_timesteps: 10, policy: MlpPolicy, policy_kwargs: \"exec('1')\"}\n")
+    assert "--trust" in say(capsys, "train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", config, "-f", tmp_path, code=1)
