@@ -1,11 +1,18 @@
-"""What the algorithms share: checks of arguments and spaces, the way back from the scaled box, a cosine schedule."""
+"""What the algorithms share: checks of arguments, spaces and numbers, the way back from the scaled box, a cosine schedule."""
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
+
+#: What to do about a NaN or infinite number: raise a ``NonFiniteError``, or leave out the step that it came in.
+OnNonFinite = Literal["raise", "skip"]
+# After so many steps left out in a row, it is raised nevertheless.
+MAX_SKIPPED = 100
 
 
 class NonFiniteError(ValueError):
@@ -32,6 +39,54 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_on_nonfinite(value: str) -> None:
+    """Check that ``on_nonfinite`` is ``"raise"`` or ``"skip"``.
+
+    :raises ValueError: otherwise
+    """
+    if value not in get_args(OnNonFinite):
+        raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {value!r}.")
+
+
+def check_gradient(loss: th.Tensor, parameters: Iterable[th.Tensor], module: th.nn.Module, when: str) -> th.Tensor:
+    """Check a loss and its gradient before the optimiser sees them.
+
+    :param loss: scalar
+    :param parameters: which it was differentiated by
+    :param module: which has them, and knows their names
+    :param when: for the message
+    :return: norm of the gradient
+    :raises NonFiniteError: if the loss is not finite, or the norm of the gradient, naming the first parameter that has one
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = th.nn.utils.get_total_norm(gradients)
+    if th.isfinite(loss.detach() + norm):
+        return norm
+    what = f"loss is {loss.item()}"
+    if th.isfinite(loss):
+        # All may be finite and the sum of their squares infinite.
+        first = next((gradient for gradient in gradients if not th.isfinite(gradient).all()), gradients[0])
+        name = next((name for name, parameter in module.named_parameters() if parameter.grad is first), "a parameter")
+        what = f"gradient is not finite, or too large for single precision (norm {first.norm().item():.3g} in {name})"
+    raise NonFiniteError(
+        f"The {what} at {when}; the weights are as before that step. A lower learning rate or smaller rewards usually help; "
+        '`CheckpointCallback` keeps models to go back to; `on_nonfinite="skip"` leaves such steps out.'
+    )
+
+
+def check_observation(obs: th.Tensor | dict[str, th.Tensor]) -> None:
+    """Check observations that actions are asked for.
+
+    :param obs: a batch, ``(batch, ...)``, or a dictionary of such
+    :raises NonFiniteError: naming the row
+    """
+    for key, values in obs.items() if isinstance(obs, dict) else [("", obs)]:
+        if values.is_floating_point() and not th.isfinite(values).all():
+            index = [int(i) for i in (~th.isfinite(values)).nonzero()[0]]
+            named = f" '{key}'" if key else ""
+            raise NonFiniteError(f"observation{named} {index[0]} is {values[tuple(index)].item()} at index {index[1:]}")
+
+
 def check_scalable(action_space: spaces.Space[Any]) -> None:
     """Check that every action coordinate has room between its bounds, so that it can be scaled to [-1, 1].
 
@@ -55,7 +110,13 @@ def check_scalable(action_space: spaces.Space[Any]) -> None:
 
 
 def unscale_action(action_space: spaces.Box, scaled_action: np.ndarray) -> np.ndarray:
-    """Rescale actions from [-1, 1] to [low, high], never outside by a rounding error, in the space's own type."""
+    """Rescale actions from [-1, 1] to [low, high], never outside by a rounding error, in the space's own type.
+
+    :raises NonFiniteError: if an action is not finite, naming its row
+    """
+    if not np.isfinite(scaled_action).all():
+        row = int(np.argwhere(~np.isfinite(scaled_action))[0, 0])
+        raise NonFiniteError(f"the policy's action {row} is {scaled_action[row]}: its weights are not finite, or too large")
     low, high = action_space.low, action_space.high
     action = low + 0.5 * (scaled_action + 1.0) * (high - low)
     result: np.ndarray = np.clip(action, low, high).astype(action_space.dtype)

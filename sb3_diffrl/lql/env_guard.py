@@ -1,12 +1,15 @@
 """A guard around the training environment: NaN and infinite numbers stop at the door."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffrl.common import NonFiniteError
 
@@ -74,3 +77,21 @@ def check_finite(what: str, values: Any, first_env: int = 0) -> None:
 
 def _batch_of_one(obs: Any) -> Any:
     return {key: value[None] for key, value in obs.items()} if isinstance(obs, dict) else np.asarray(obs)[None]
+
+
+def end_trajectory(replay_buffer: ReplayBuffer | None) -> None:
+    """Mark the last stored step of each env as the end of its episode, by a time-out where the buffer knows those.
+
+    What is stored next then counts as another episode: n-step returns and hindsight goals do not reach across.
+    """
+    if isinstance(replay_buffer, HerReplayBuffer):
+        if (replay_buffer._current_ep_start != replay_buffer.pos).any():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it speaks of loading a buffer
+                replay_buffer.truncate_last_trajectory()
+    elif replay_buffer is not None and replay_buffer.size() > 0:
+        last = (replay_buffer.pos - 1) % replay_buffer.buffer_size
+        open_episodes = replay_buffer.dones[last] == 0
+        replay_buffer.dones[last] = 1
+        if replay_buffer.handle_timeout_termination:
+            replay_buffer.timeouts[last][open_episodes] = 1

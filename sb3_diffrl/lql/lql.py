@@ -1,7 +1,6 @@
 """LQL: Q-learning whose policy is Langevin dynamics on the critic."""
 
 import io
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +37,7 @@ from sb3_diffrl.common import (
     check_scalable,
 )
 from sb3_diffrl.lql.critic import LangevinCritic
-from sb3_diffrl.lql.env_guard import finite
+from sb3_diffrl.lql.env_guard import end_trajectory, finite
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 from sb3_diffrl.lql.random_state import random_state, set_random_state
@@ -322,7 +321,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         # Returns the norm of the gradient
         self.critic.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = check_gradient(loss, self.critic.named_parameters(), f"env step {self.num_timesteps}")
+        norm = check_gradient(loss, self.critic.parameters(), self.critic, f"env step {self.num_timesteps}")
         self.critic.optimizer.step()
         return norm
 
@@ -492,8 +491,6 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         :param trusted: un-pickle files of Stable-Baselines3, or of buffers of your own: who wrote the file can run any code
         :raises ModelFileError: if the file is damaged, or pickled and not trusted
         """
-        if isinstance(self.replay_buffer_class, type) and issubclass(self.replay_buffer_class, HerReplayBuffer):
-            assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
         self.replay_buffer = load_replay_buffer(path, trusted)
         if isinstance(self.replay_buffer, HerReplayBuffer):
             assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
@@ -501,21 +498,3 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
             if truncate_last_traj:
                 self.replay_buffer.truncate_last_trajectory()
         self.replay_buffer.device = self.device
-
-
-def end_trajectory(replay_buffer: ReplayBuffer | None) -> None:
-    """Mark the last stored step of each env as the end of its episode, by a time-out where the buffer knows those.
-
-    What is stored next then counts as another episode: n-step returns and hindsight goals do not reach across.
-    """
-    if isinstance(replay_buffer, HerReplayBuffer):
-        if (replay_buffer._current_ep_start != replay_buffer.pos).any():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it speaks of loading a buffer
-                replay_buffer.truncate_last_trajectory()
-    elif replay_buffer is not None and replay_buffer.size() > 0:
-        last = (replay_buffer.pos - 1) % replay_buffer.buffer_size
-        open_episodes = replay_buffer.dones[last] == 0
-        replay_buffer.dones[last] = 1
-        if replay_buffer.handle_timeout_termination:
-            replay_buffer.timeouts[last][open_episodes] = 1

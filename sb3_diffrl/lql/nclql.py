@@ -9,6 +9,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from torch import nn
 
+from sb3_diffrl.common import OnNonFinite
 from sb3_diffrl.lql.langevin import LangevinSampler
 from sb3_diffrl.lql.lql import LQL, Metrics, UpdateDraws
 from sb3_diffrl.lql.policies import LangevinPolicy

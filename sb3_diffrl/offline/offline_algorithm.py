@@ -15,7 +15,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_diffrl.common import NonFiniteError, check_count, check_scalable
+from sb3_diffrl.common import (
+    MAX_SKIPPED,
+    NonFiniteError,
+    OnNonFinite,
+    check_count,
+    check_gradient,
+    check_on_nonfinite,
+    check_scalable,
+)
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.policies import OfflinePolicy
 from sb3_diffrl.offline.reading import DatasetSource
@@ -102,6 +110,11 @@ class OfflineAlgorithm(SafeSaving, ABC):
             supported_action_spaces=(spaces.Box,),
         )
         self.batch_size = batch_size
+        #: What to do about a loss or gradient that is not finite: ``"raise"``, or ``"skip"`` the step
+        self.on_nonfinite: OnNonFinite = "raise"
+        #: Gradient steps that were left out
+        self.n_skipped = 0
+        self._skipped_in_a_row = 0
         self.n_envs = 1
         self.dataset_ids: tuple[str, ...] = ()
         self.dataset_steps = 0
@@ -258,8 +271,10 @@ class OfflineAlgorithm(SafeSaving, ABC):
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: start counting anew, or go on
         :param progress_bar: show one
-        :raises NonFiniteError: if a loss is not finite; the weights are as before that step
+        :raises NonFiniteError: if a loss or gradient is not finite; the weights are as before that step. With
+            ``model.on_nonfinite = "skip"``, the step is left out and counted in ``model.n_skipped``; a hundred in a row are raised.
         """
+        check_on_nonfinite(self.on_nonfinite)
         total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         callback.on_training_start(locals(), globals())
         metrics: list[Metrics] = []
@@ -267,7 +282,11 @@ class OfflineAlgorithm(SafeSaving, ABC):
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             self._update_learning_rate(self._optimizers())
             self.policy.set_training_mode(True)
-            metrics.append(self.update())
+            try:
+                metrics.append(self.update())
+                self._skipped_in_a_row = 0
+            except NonFiniteError as error:
+                self._skip(error)
             self.num_timesteps += 1
             self._n_updates += 1
             if log_interval is not None and self.num_timesteps % log_interval == 0:
@@ -299,24 +318,28 @@ class OfflineAlgorithm(SafeSaving, ABC):
         """One step down the loss.
 
         :return: norm of the gradient
-        :raises NonFiniteError: if the loss is not finite; the weights are as they were
+        :raises NonFiniteError: if the loss or the gradient is not finite; the weights are as they were
         """
-        if not th.isfinite(loss):
-            raise NonFiniteError(
-                f"The loss is {loss.item()} at gradient step {self.num_timesteps + 1}; the weights are as before that step. A "
-                "lower learning rate usually helps; `CheckpointCallback` keeps models to go back to."
-            )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        norm = check_gradient(loss, parameters, self.policy, f"gradient step {self.num_timesteps + 1}")
         optimizer.step()
-        return th.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        return norm
+
+    def _skip(self, error: NonFiniteError) -> None:
+        if self.on_nonfinite == "raise" or self._skipped_in_a_row >= MAX_SKIPPED:
+            raise error
+        self.n_skipped += 1
+        self._skipped_in_a_row += 1
 
     def _record(self, metrics: list[Metrics]) -> None:
         for name in {name: None for metric in metrics for name in metric}:
             values = th.stack([metric[name] for metric in metrics if name in metric])
             self.logger.record(f"train/{name}", values.float().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self.n_skipped:
+            self.logger.record("train/n_skipped", self.n_skipped)
 
     def dump_logs(self) -> None:
         """Write the logs."""

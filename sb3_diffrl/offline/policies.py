@@ -7,7 +7,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_diffrl.common import unscale_action
+from sb3_diffrl.common import check_observation, unscale_action
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.spaces import Normalizer, ObservationFlattener
 from sb3_diffrl.saving import SafePolicySaving
@@ -56,9 +56,12 @@ class OfflinePolicy(SafePolicySaving):
 
         :param observation: in the observation space, or stacked as vectorised environments do
         :return: ``(batch, obs_dim)`` in the env's units, and whether it was a batch
+        :raises NonFiniteError: if an observation is not finite
         """
         batched = self.flatten.is_batched(observation)
-        return th.as_tensor(self.flatten(observation, batched), device=self.device), batched
+        obs = th.as_tensor(self.flatten(observation, batched), device=self.device)
+        check_observation(obs)
+        return obs, batched
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Rescale the action from [-1, 1] to [low, high], never outside by a rounding error."""
