@@ -8,7 +8,7 @@
 
 Each trains diffusion models (T = 1000) and writes one CSV a run to `results/timesteps/<command>/`, a row an evaluation, with a
 JSON of versions and hardware for each seed. Runs whose file is there are left out, so that an interrupted command goes on when it
-is given again. The data is scikit-learn's digits, or windows of a PointMaze dataset (`make-dataset`), trajectories of 8 observations.
+is given again. The data is scikit-learn's digits, or windows of 8 observations of a PointMaze dataset (`make-dataset`).
 
 The bound is that of the averaged weights, in bits per dimension, on held-out rows, with noise that is the same in all runs: every
 one of the first 32 times on all rows, of the other times each on one row in 32. Samples are judged by the Fréchet distance to the
@@ -237,12 +237,13 @@ def train(runs: list[Run], task: Task, steps: int, every: int, paths: list[Path]
             rows[i].append(row)
         last = " ".join(f"{run.label}:{row[-1]['bound']:.3f}" for run, row in zip(runs, rows, strict=True))
         print(step, last, f"{time.process_time():.0f} s", flush=True)
+    body = None if data.train_labels is None else features(data)
     start = th.randn(1000, *data.train.shape[1:], generator=th.Generator().manual_seed(0))
     for i, path in enumerate(paths):
-        if data.train_labels is not None:
+        if body is not None:
             with th.no_grad():
                 samples = fleet.process.sample(fleet.denoiser(i, True), start, 50)
-            rows[i][-1]["frechet"] = frechet_distance(features(data), samples, th.cat([data.train, data.held_out]))
+            rows[i][-1]["frechet"] = frechet_distance(body, samples, th.cat([data.train, data.held_out]))
         write(path, rows[i])
 
 
