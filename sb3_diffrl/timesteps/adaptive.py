@@ -58,15 +58,18 @@ class BetaPolicy(nn.Module):
         low, high = (math.log(bound) for bound in self.concentration_range)
         return math.log(-low / high) if low < 0 < high else 0.0
 
+    def concentrations(self, x0: th.Tensor) -> th.Tensor:
+        """Both concentrations for a minibatch, ``(batch, ...) -> (batch, 2)``."""
+        output: th.Tensor = self.net(x0)
+        if self.concentration_range is None:
+            return nn.functional.softplus(output) + 1e-5
+        low, high = (math.log(bound) for bound in self.concentration_range)
+        return th.exp(low + (high - low) * output.sigmoid())
+
     def forward(self, x0: th.Tensor) -> th.distributions.Beta:
         """The distributions for a minibatch, ``(batch, ...)``."""
-        output = self.net(x0)
-        if self.concentration_range is None:
-            concentration = nn.functional.softplus(output) + 1e-5
-        else:
-            low, high = (math.log(bound) for bound in self.concentration_range)
-            concentration = th.exp(low + (high - low) * output.sigmoid())
-        return th.distributions.Beta(concentration[:, 0], concentration[:, 1], validate_args=False)
+        concentrations = self.concentrations(x0)
+        return th.distributions.Beta(concentrations[:, 0], concentrations[:, 1], validate_args=False)
 
 
 class AdaptiveTimestepSampler(TimestepSampler):
@@ -220,10 +223,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     def _draw(self, x0: th.Tensor, generator: th.Generator | None) -> Draw:
         begin = time.perf_counter()
-        beta = self.policy(x0)
         # (batch, 2): a Beta variable is the first part of a Dirichlet one, which takes a generator
-        parts = th._sample_dirichlet(th.stack([beta.concentration1, beta.concentration0], 1), generator)
-        fraction = parts[:, 0]
+        fraction = th._sample_dirichlet(self.policy.concentrations(x0), generator)[:, 0]
         if self.uniform_floor > 0:
             # One uniform number says whether the floor draws, and what.
             u = th.rand(len(x0), device=x0.device, generator=generator)
