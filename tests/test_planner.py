@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 from sb3_diffrl.common import CosineSchedule, NonFiniteError
 from sb3_diffrl.offline import OfflineDataset
+from sb3_diffrl.pg import PG
 from sb3_diffrl.planner import PRESETS, DiffusionPlanner
 from sb3_diffrl.planner.data import WindowSettings, prepare_data, values
 
@@ -401,7 +402,7 @@ def test_presets_fit_the_domains_they_are_for(domain: Any, env_id: str, tmp_path
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     recorded = record_dataset(None, env_id, f"test/{domain}/random-v0", n_steps=260, seed=0)
     preset = {**PRESETS[domain]["cpu"], "policy_kwargs": TINY["policy_kwargs"], "batch_size": 4}
-    model = DiffusionPlanner("MlpPolicy", dataset=recorded, device="cpu", **preset).learn(2)
+    model = PG("MlpPolicy", dataset=recorded, device="cpu", **preset).learn(4)  # both stages
     env = model.get_env()
     assert env is not None
     obs = env.reset()
