@@ -31,11 +31,17 @@ def say(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> st
     return captured.out + captured.err
 
 
+def newest(folder: Path) -> Path:
+    """The latest run, among whatever else is there."""
+    runs = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("tune-")]
+    return max(runs, key=lambda path: int(path.name.rsplit("_", 1)[1]))
+
+
 def train_online(logs: Path, *words: object, algo: str = "nclql", env: str = "Pendulum-v1", n: int = 120) -> Path:
     """Train an online agent, and return the folder of the run."""
     arguments = ["train", "--algo", algo, "--env", env, "-n", n, "--eval-freq", 60, "--eval-episodes", 1, "--seed", 1, "-f", logs]
     assert main([str(word) for word in (*arguments, *ONLINE, *words)]) == 0
-    return max((logs / algo).iterdir(), key=lambda path: int(path.name.rsplit("_", 1)[1]))
+    return newest(logs / algo)
 
 
 def train_offline(logs: Path, algo: str, *words: object, n: int = 4, dataset: str = DATASET) -> Path:
@@ -43,4 +49,4 @@ def train_offline(logs: Path, algo: str, *words: object, n: int = 4, dataset: st
     arguments = ["train", "--algo", algo, "--dataset", dataset, "-n", n, "--eval-freq", -1, "--seed", 1, "-f", logs, *TINY]
     params = ["--params", "batch_size:16", *OFFLINE[algo]]
     assert main([str(word) for word in (*arguments, *params, *words)]) == 0
-    return max((logs / algo).iterdir(), key=lambda path: int(path.name.rsplit("_", 1)[1]))
+    return newest(logs / algo)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import torch as th
 from stable_baselines3.common.monitor import load_results
 
 from sb3_diffrl import NCLQL, DiffusionBC
-from sb3_diffrl.cli import main
+from sb3_diffrl.cli import main, make_parser
 from sb3_diffrl.configs import load_yaml
 from tests.cli_tools import DATASET, ONLINE, say, train_offline, train_online
 from tests.zoo_process import gymnasium_put_back  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +193,10 @@ def test_tune_finds_settings_that_train_reads(tmp_path: Path, capsys: pytest.Cap
     words[words.index("--n-trials") + 1] = 1
     say(capsys, *words)  # the same study goes on
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
-    backend = optuna.storages.journal.JournalFileBackend(str(storage))
-    assert len(optuna.load_study(storage=optuna.storages.JournalStorage(backend), study_name=study).trials) == 3
+    journal = optuna.storages.JournalStorage(JournalFileBackend(str(storage)))
+    assert len(optuna.load_study(storage=journal, study_name=study).trials) == 3
     folder = train_online(tmp_path, "--config", best)
     assert load_yaml(folder / "Pendulum-v1" / "config.yml")["tau"] == entry["tau"]
 
@@ -287,3 +292,12 @@ def test_a_configuration_that_runs_code_is_refused(tmp_path: Path, capsys: pytes
     assert "--trust" in say(capsys, "train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", config, "-f", tmp_path, code=1)
     config.write_text("Pendulum-v1: {n_timesteps: 10, policy: MlpPolicy, policy_kwargs: \"exec('1')\"}\n")
     assert "--trust" in say(capsys, "train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", config, "-f", tmp_path, code=1)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = sorted({line.split("#")[0].strip() for page in PAGES for line in re.findall(r"^sb3-diffrl .*", page.read_text(), re.M)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_the_pages_are_understood(command: str) -> None:
+    assert callable(make_parser().parse_args(shlex.split(command)[1:]).run)

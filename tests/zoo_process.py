@@ -10,7 +10,7 @@ PLACES = (gymnasium.wrappers, gymnasium.wrappers.common)
 
 @pytest.fixture(scope="module", autouse=True)
 def gymnasium_put_back() -> Iterator[None]:
-    kept = [place.TimeLimit for place in PLACES]  # type: ignore[attr-defined]
+    kept = [place.TimeLimit for place in PLACES]
     yield
     for place, time_limit in zip(PLACES, kept, strict=True):
         place.TimeLimit = time_limit  # type: ignore[attr-defined]

@@ -46,13 +46,14 @@ def _draw_label(axes: Axes, runs: Sequence[Curve], label: str, color: str) -> No
 
 
 def plot_profiles(
-    curves: Sequence[Curve], path: str | Path, scale: dict[str, tuple[float, float]] | None = None
+    curves: Sequence[Curve], path: str | Path, scale: dict[str, tuple[float, float]] | None = None, reps: int = REPS
 ) -> tuple[Path, dict[str, Any]]:
     """Performance profiles, aggregates and probabilities of improvement of last scores, each with 95% bootstrap intervals.
 
     :param curves: see ``read_curves()``
     :param path: file to write
     :param scale: return that counts as 0 and as 1, by task, see ``final_scores()``
+    :param reps: resamplings of the bootstraps
     :return: the file, and the numbers in it
     """
     scores = final_scores(curves, scale)
@@ -60,7 +61,7 @@ def plot_profiles(
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     every = np.concatenate([values.ravel() for values in scores.values()])
     taus = np.linspace(every.min(), every.max(), 101)
-    profiles, profile_intervals = library.create_performance_profile(scores, taus, reps=REPS)
+    profiles, profile_intervals = library.create_performance_profile(scores, taus, reps=reps)
     for label in scores:
         left.plot(taus, profiles[label], label=f"{label} ({len(scores[label])} runs)")
         left.fill_between(taus, *profile_intervals[label], alpha=0.2, linewidth=0)
@@ -69,7 +70,7 @@ def plot_profiles(
 
     aggregates = {"IQM": metrics.aggregate_iqm, "median": metrics.aggregate_median, "mean": metrics.aggregate_mean}
     points, intervals = library.get_interval_estimates(
-        scores, lambda x: np.array([aggregate(x) for aggregate in aggregates.values()]), reps=REPS, random_state=random
+        scores, lambda x: np.array([aggregate(x) for aggregate in aggregates.values()]), reps=reps, random_state=random
     )
     for i, label in enumerate(scores):
         heights = np.arange(len(aggregates)) + 0.8 * (i + 0.5) / len(scores) - 0.4
@@ -85,7 +86,7 @@ def plot_profiles(
     pairs = {f"{a} over {b}": (scores[a], scores[b]) for a, b in itertools.combinations(scores, 2)}
     if pairs:
         chances, chance_intervals = library.get_interval_estimates(
-            pairs, metrics.probability_of_improvement, reps=REPS, random_state=random
+            pairs, metrics.probability_of_improvement, reps=reps, random_state=random
         )
         for height, name in enumerate(pairs):
             low, high = (float(bound) for bound in np.ravel(chance_intervals[name]))
