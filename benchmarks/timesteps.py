@@ -237,13 +237,14 @@ def train(runs: list[Run], task: Task, steps: int, every: int, paths: list[Path]
             rows[i].append(row)
         last = " ".join(f"{run.label}:{row[-1]['bound']:.3f}" for run, row in zip(runs, rows, strict=True))
         print(step, last, f"{time.process_time():.0f} s", flush=True)
+    clipped = DiffusionProcess(fleet.process.schedule, clip_sample=1.0)
     body = None if data.train_labels is None else features(data)
     start = th.randn(1000, *data.train.shape[1:], generator=th.Generator().manual_seed(0))
     for i, path in enumerate(paths):
         if body is not None:
             with th.no_grad():
-                samples = fleet.process.sample(fleet.denoiser(i, True), start, 50)
-            rows[i][-1]["frechet"] = frechet_distance(body, samples, th.cat([data.train, data.held_out]))
+                samples = clipped.sample(fleet.denoiser(i, True), start, 50)
+            rows[i][-1]["frechet_clipped"] = frechet_distance(body, samples, th.cat([data.train, data.held_out]))
         write(path, rows[i])
 
 

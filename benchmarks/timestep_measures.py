@@ -1,0 +1,127 @@
+"""What the timestep samplers cost, and how much gradients vary over the timesteps.
+
+    python benchmarks/timestep_measures.py overhead
+    python benchmarks/timestep_measures.py variance
+
+`overhead` trains one model for each sampler in turn, 80 steps at a time, so that all see the same machine, and compares the
+process's own seconds (`time.process_time`), on one thread; T = 1000, minibatches of 128, the default network of `MlpDenoiser`.
+`variance` trains a model with uniform timesteps and looks at single rows' gradients at 50 timesteps every so often: the norm of
+their mean, and the root of their total variance. Both write to `results/timesteps/`.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch as th
+from provenance import metadata
+from timesteps import N_TIMES, RESULTS, Task, load_data, make_network, make_sampler
+from torch import nn
+
+from sb3_diffrl.diffusion import DiffusionProcess, MlpDenoiser, make_schedule
+
+TIMED = ("uniform", "loss_second_moment", "adaptive", "published")
+BATCH, BLOCK, N_BLOCKS, WARM_UP = 128, 80, 8, 40
+
+
+class Loop:
+    """A plain training loop."""
+
+    def __init__(self, network: nn.Module, x: th.Tensor, sampler: str, batch: int) -> None:
+        self.network, self.x, self.batch = network, x, batch
+        self.process = DiffusionProcess(make_schedule("linear", N_TIMES))
+        self.sampler = make_sampler(sampler, None).setup(self.process, tuple(x.shape[1:]))
+        self.optimizer = th.optim.Adam(network.parameters(), 1e-3, fused=True)
+
+    def denoise(self, x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
+        output: th.Tensor = self.network(x_t, self.process.schedule.network_time(t))
+        return output
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            x0 = self.x[th.randint(len(self.x), (self.batch,))]
+            t, weight = self.sampler.sample(x0)
+            loss = self.process.denoising_loss(self.denoise, x0, t, th.randn_like(x0))
+
+            def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor, x0: th.Tensor = x0) -> th.Tensor:
+                return self.process.bound_terms(self.denoise, x0[rows], t, noise)
+
+            with self.sampler.around_step(x0, loss, bound_terms):
+                self.optimizer.zero_grad()
+                (weight * loss).mean().backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+
+
+def overhead() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    x = load_data(Task()).train
+    loops = {name: Loop(MlpDenoiser(64, 0), x, name, BATCH) for name in TIMED}
+    for loop in loops.values():
+        loop.steps(WARM_UP)
+    rows: list[dict[str, Any]] = []
+    for block in range(N_BLOCKS):
+        for name, loop in loops.items():
+            start = time.process_time()
+            loop.steps(BLOCK)
+            rows.append({"block": block, "sampler": name, "ms": f"{(time.process_time() - start) / BLOCK * 1000:.4f}"})
+    milliseconds = {name: median(float(row["ms"]) for row in rows if row["sampler"] == name) for name in loops}
+    return rows, {"median_ms": milliseconds, "over_uniform": {n: ms / milliseconds["uniform"] for n, ms in milliseconds.items()}}
+
+
+def variance() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    th.manual_seed(100)
+    task = Task()
+    x = load_data(task).train
+    loop = Loop(make_network(task, x), x, "uniform", task.batch)
+    rows, done = [], 0
+    for step in (100, 1000, 4000):
+        loop.steps(step - done)
+        done = step
+        for t in np.linspace(0, N_TIMES - 1, 50).round().astype(int):
+            mean, total = gradient_moments(loop, x, int(t))
+            rows.append({"step": step, "t": int(t), "norm_of_mean": f"{mean:.6g}", "std": f"{total:.6g}"})
+    return rows, {}
+
+
+def gradient_moments(loop: Loop, x: th.Tensor, t: int, n: int = 64) -> tuple[float, float]:
+    """Norm of the mean, and root of the total variance, of ``n`` rows' gradients of the loss at one time."""
+    parameters = {name: value.detach() for name, value in loop.network.named_parameters()}
+    generator = th.Generator().manual_seed(t)
+    x0 = x[th.randint(len(x), (n,), generator=generator)]
+    noise = th.randn(x0.shape, generator=generator)
+
+    def loss(weights: dict[str, th.Tensor], x0: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        def denoise(x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
+            output: th.Tensor = th.func.functional_call(loop.network, weights, (x_t, loop.process.schedule.network_time(t)))
+            return output
+
+        return loop.process.denoising_loss(denoise, x0[None], th.full((1,), t), noise[None])[0]
+
+    gradients = th.func.vmap(th.func.grad(loss), in_dims=(None, 0, 0))(parameters, x0, noise)
+    flat = th.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
+    return float(flat.mean(0).norm()), float(flat.var(0).sum().sqrt())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["overhead", "variance"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    rows, results = overhead() if args.command == "overhead" else variance()
+    args.results.mkdir(parents=True, exist_ok=True)
+    with (args.results / f"{args.command}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    description = metadata({"batch": BATCH, "num_train_timesteps": N_TIMES}, " ".join(["python", *sys.argv]))
+    (args.results / f"{args.command}.json").write_text(json.dumps(description | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
