@@ -7,13 +7,9 @@ except ImportError as error:
     raise ImportError('Plots need matplotlib and rliable: pip install "sb3_diffrl[plots]"') from error
 
 import os
-import warnings
 
 if not os.environ.get("DISPLAY") and not os.environ.get("MPLBACKEND"):
     matplotlib.use("Agg")  # draws to files: no screen needed
-
-# Of arch, which rliable calls as it was called before.
-warnings.filterwarnings("ignore", message="random_state is deprecated", category=FutureWarning)
 
 from sb3_diffrl.plots.curves import plot_curves, plot_profiles
 from sb3_diffrl.plots.landscape import plot_q_landscape

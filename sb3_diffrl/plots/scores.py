@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import numpy as np
 from rliable import library
 from scipy import stats
 from stable_baselines3.common.monitor import LoadMonitorResultsError, load_results
+
+# Of arch, which rliable calls as it was called before.
+warnings.filterwarnings("ignore", message="random_state is deprecated", category=FutureWarning)
 
 #: Resamplings of the bootstrap.
 REPS = 2_000
