@@ -1,6 +1,7 @@
 """Dataset makers: what they make is real, seeded, whole, and never mistaken for something else."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_diffrl.offline import make
 from sb3_diffrl.offline.makers import DATASET_IDS, locomotion, make_dataset, pointmaze, training
+from sb3_diffrl.offline.makers.locomotion import PLANS
 from sb3_diffrl.offline.makers.pointmaze import MAZES, WaypointController
-from sb3_diffrl.offline.makers.training import Evaluation, LevelNotReachedError, TrainingPlan, train
+from sb3_diffrl.offline.makers.training import REPLAY, Evaluation, LevelNotReachedError, TrainingPlan, train
 
 UMAZE = "sb3-diffrl/pointmaze/umaze-v0"
 # A run of three stretches of a few updates each, on an environment whose episodes end by falling.
@@ -172,6 +174,13 @@ class TestTraining:
         assert [e.step for e in train(plan, tmp_path, until="medium", progress_bar=False)] == [60]
         assert not (tmp_path / "expert.zip").exists()
         assert [e.step for e in train(plan, tmp_path, progress_bar=False)] == [60, 120]
+
+    def test_training_leaves_the_plan_as_it_is(self, tmp_path: Path) -> None:
+        before = json.dumps(asdict(PLANS["hopper"]))
+        plan = replace(PLANS["hopper"], medium_return=None, expert_return=None, max_steps=240, stretch_steps=240, n_eval_episodes=1)
+        train(plan, tmp_path, "medium", progress_bar=False)  # the level is reached with the last step
+        assert json.dumps(asdict(PLANS["hopper"])) == before
+        assert len(np.load(tmp_path / REPLAY)["rewards"]) == 240
 
     def test_a_folder_with_other_settings_is_refused(self, tmp_path: Path) -> None:
         train(replace(TINY, expert_return=None), tmp_path, progress_bar=False)

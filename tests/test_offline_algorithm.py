@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_diffrl import DiffusionBC
 from sb3_diffrl.common import CosineSchedule, NonFiniteError
-from sb3_diffrl.offline import OfflineDataset, record_dataset
+from sb3_diffrl.offline import Normalizer, OfflineDataset, record_dataset
 
 TINY: dict[str, Any] = {"policy_kwargs": {"net_arch": [16]}, "batch_size": 8, "device": "cpu", "seed": 0}
 
@@ -289,3 +289,36 @@ def test_normaliser_standardises_the_data_and_travels_with_the_model(tmp_path: P
     th.testing.assert_close(normalised.std(0, correction=0), th.ones(3), atol=1e-5, rtol=0)
     model.save(tmp_path / "model")
     assert th.equal(DiffusionBC.load(tmp_path / "model").policy.normalizer.mean, model.policy.normalizer.mean)
+
+
+def test_a_model_is_loaded_for_other_data(dataset_id: str, tmp_path: Path) -> None:
+    model = DiffusionBC("MlpPolicy", dataset=dataset_id, device="cpu", seed=0)
+    model.save(tmp_path / "model")
+    other = "test/pendulum/other-v0"
+    record_dataset(None, "Pendulum-v1", other, n_steps=200, seed=1)
+    loaded = DiffusionBC.load(tmp_path / "model", dataset=other, device="cpu")
+    assert loaded.dataset.ids == (other,)
+    assert loaded.dataset.n_steps == 200
+
+
+def test_the_rebuilt_env_begins_where_the_seed_says(dataset_id: str) -> None:
+    def first(seed: int) -> np.ndarray:
+        env = DiffusionBC("MlpPolicy", dataset=dataset_id, device="cpu", seed=seed).get_env()
+        assert env is not None
+        return np.asarray(env.reset())
+
+    np.testing.assert_array_equal(first(0), first(0))
+    assert not np.array_equal(first(0), first(1))
+
+
+def test_an_observation_of_another_shape_is_refused(dataset_id: str) -> None:
+    model = DiffusionBC("MlpPolicy", dataset=dataset_id, device="cpu", seed=0)
+    with pytest.raises(ValueError, match="Unexpected observation shape"):
+        model.predict(np.array([0.5]))
+
+
+def test_a_nearly_constant_coordinate_is_only_shifted() -> None:
+    vectors = np.full((100, 1), 0.42, np.float32)
+    vectors[::2] = np.nextafter(np.float32(0.42), np.float32(1))
+    normalizer = Normalizer(1).fit(vectors)
+    assert float(normalizer.normalize(th.tensor([[0.421]]))) == pytest.approx(0.001, rel=1e-2)

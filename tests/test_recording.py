@@ -202,8 +202,8 @@ def test_infos_that_come_and_go_are_filled_and_others_are_left_out_with_a_warnin
         dataset = record_dataset(None, env, "test/talk-v0", n_episodes=2, record_infos=True)
     assert sum("Info 'text' is left out" in str(warning.message) for warning in caught) == 1
     for episode in dataset:
-        np.testing.assert_array_equal(episode.infos["n"], [0, 1, 2, 3])
-        np.testing.assert_array_equal(episode.infos["nested"]["v"], [[0, 0], [1, 1], [2, 2], [3, 3]])
+        np.testing.assert_array_equal(episode.infos["n"], [np.nan, 1, 2, 3])
+        np.testing.assert_array_equal(episode.infos["nested"]["v"], [[np.nan, np.nan], [1, 1], [2, 2], [3, 3]])
         np.testing.assert_array_equal(episode.infos["late"], [False, False, True, True])
         assert "text" not in episode.infos
 
@@ -400,9 +400,9 @@ record_dataset(policy, env, "test/killed-v0", n_steps=100)
 # Wrong arguments
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"n_episodes": 1, "n_steps": 1}, {"n_episodes": 0}, {"n_steps": -1}])
+@pytest.mark.parametrize("kwargs", [{}, {"n_episodes": 1, "n_steps": 1}, {"n_episodes": 0}, {"n_steps": -1}, {"n_steps": 10.5}])
 def test_either_episodes_or_steps_are_asked_for(kwargs: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="`n_episodes` or `n_steps`"):
+    with pytest.raises(ValueError, match=r"`n_episodes`|`n_steps`"):
         record_dataset(None, "Pendulum-v1", "test/count-v0", n_episodes=kwargs.get("n_episodes"), n_steps=kwargs.get("n_steps"))
 
 
@@ -468,3 +468,46 @@ def test_a_namespace_is_no_place_for_a_dataset() -> None:
     write_episodes("test/deep-v0/er-v0", [2])
     with pytest.raises(FileExistsError, match="is no dataset"):
         write_episodes("test/deep-v0", [2])
+
+
+class Reusing(gym.Env[np.ndarray, np.ndarray]):
+    """Writes every observation and info into the same array."""
+
+    observation_space = spaces.Box(-100, 100, (1,), np.float64)
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state = np.zeros(1)
+        return self.state, {"x": 0}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.state += 1
+        return self.state, 0.0, False, bool(self.state[0] == 4), {"x": float(self.state[0]) / 8}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arrays_that_env_and_policy_use_again_are_copied() -> None:
+    action = np.zeros(1, np.float32)
+
+    def policy(observation: np.ndarray) -> np.ndarray:
+        action[:] = observation / 10
+        return action
+
+    dataset = record_dataset(policy, Reusing(), "test/reusing-v0", n_episodes=3, seed=0, record_infos=True)
+    for episode in dataset:
+        np.testing.assert_array_equal(episode.observations[:, 0], np.arange(5))
+        np.testing.assert_allclose(episode.actions[:, 0], np.arange(4) / 10, rtol=1e-6)
+        np.testing.assert_array_equal(episode.infos["x"][1:], np.arange(1, 5) / 8)
+
+
+def test_a_fraction_is_no_discrete_action() -> None:
+    with pytest.raises(ValueError, match="not in the action space"):
+        record_dataset(lambda _: 0.9, "CartPole-v1", "test/cartpole-v0", n_steps=5)
+
+
+def test_metadata_cannot_change_the_id() -> None:
+    dataset = record_dataset(
+        None, "Pendulum-v1", "test/pendulum-v0", n_steps=5, metadata={"dataset_id": "other/x-v0", "author": {"me"}}
+    )
+    assert dataset.id == "test/pendulum-v0"

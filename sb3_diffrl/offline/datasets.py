@@ -74,9 +74,12 @@ class OfflineDataset:
             for episode in read_episodes(source):
                 n, start = len(starts) - 1, starts[-1]
                 end = start + len(episode)
-                flatten.into(observations[start + n : end + n + 1], episode.observations)
-                flatten_action.into(actions[start:end], episode.actions)
-                rewards[start:end] = np.reshape(episode.rewards, -1)
+                try:
+                    flatten.into(observations[start + n : end + n + 1], episode.observations)
+                    flatten_action.into(actions[start:end], episode.actions)
+                except ValueError as error:
+                    raise ValueError(f"Dataset {source.id!r}, episode {episode.id}: {error}") from error
+                rewards[start:end] = episode.rewards
                 terminations[start:end] = episode.terminations
                 truncations[start:end] = episode.truncations
                 starts.append(end)

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import suppress
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
@@ -18,6 +19,9 @@ def check_env_spec(spec: EnvSpec) -> None:
 
     :raises ValueError: if it is another, with what to do
     """
+    if spec.id not in gym.registry and _text(spec.entry_point).startswith("gymnasium_robotics."):
+        with suppress(ImportError):
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
     registered = gym.registry.get(spec.id)
     if registered is None or _text(registered.entry_point) != _text(spec.entry_point):
         here = "none" if registered is None else f"another, {_text(registered.entry_point)}"

@@ -79,5 +79,7 @@ def _flat_info(info: Mapping[str, Any], prefix: InfoPath = ()) -> FlatInfo:
                 array = np.asarray(value)
             except ValueError:  # ragged
                 array = np.asarray(None)
-            flat[(*prefix, str(key))] = array if array.dtype.kind in "biuf" else None
+            # A count in one episode may be a fraction in the next.
+            array = array.astype(np.float64) if array.dtype.kind in "iu" else array
+            flat[(*prefix, str(key))] = array if array.dtype.kind in "bf" else None
     return flat

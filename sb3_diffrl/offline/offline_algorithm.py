@@ -1,10 +1,12 @@
 """The base class of the agents that learn from a dataset."""
 
+import io
 import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gymnasium as gym
@@ -27,7 +29,7 @@ from sb3_diffrl.common import (
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.policies import OfflinePolicy
 from sb3_diffrl.offline.reading import DatasetSource
-from sb3_diffrl.offline.spaces import FlattenObservation, check_same_spaces, is_nested
+from sb3_diffrl.offline.spaces import FlattenObservation, check_same_spaces, flattened, is_nested
 from sb3_diffrl.saving import SafeSaving
 
 SelfOfflineAlgorithm = TypeVar("SelfOfflineAlgorithm", bound="OfflineAlgorithm")
@@ -39,10 +41,8 @@ Metrics = dict[str, th.Tensor]
 class _NoEnvironment(gym.Env[Any, Any]):
     """Stands where Stable-Baselines3 wants a training env and none can be had: it says why when it is stepped."""
 
-    observation_space = spaces.Box(0, 0)
-
-    def __init__(self, action_space: spaces.Space[Any], reason: str) -> None:
-        self.action_space, self.reason = action_space, reason
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], reason: str) -> None:
+        self.observation_space, self.action_space, self.reason = observation_space, action_space, reason
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed, options=options)
@@ -116,6 +116,7 @@ class OfflineAlgorithm(SafeSaving, ABC):
         self.n_skipped = 0
         self._skipped_in_a_row = 0
         self.n_envs = 1
+        self._env_seed: int | None = None
         self.dataset_ids: tuple[str, ...] = ()
         self.dataset_steps = 0
         self._dataset: OfflineDataset | None = None
@@ -189,7 +190,9 @@ class OfflineAlgorithm(SafeSaving, ABC):
                 self._take_env(self.dataset.recover_environment(eval_env=True))
             except (ValueError, NotImplementedError) as error:  # the latter: spaces that SB3's vectorised envs do not take
                 warnings.warn(f"Training goes on without an environment to evaluate in. {error}", stacklevel=2)
-                self.env = self._wrap_env(_NoEnvironment(self.action_space, str(error)))
+                self._take_env(_NoEnvironment(self.observation_space, self.action_space, str(error)))
+            if self._env_seed is not None and self.env is not None:
+                self.env.seed(self._env_seed)
         return self.env
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
@@ -203,6 +206,9 @@ class OfflineAlgorithm(SafeSaving, ABC):
     def _take_env(self, env: GymEnv | str) -> None:
         env = gym.make(env) if isinstance(env, str) else env
         env_spaces = [env.observation_space, env.action_space]
+        if hasattr(self, "observation_space") and is_nested(self.observation_space) and isinstance(env, VecEnv):
+            # One that was flattened here before
+            env_spaces[0] = self.observation_space if env_spaces[0] == flattened(self.observation_space) else env_spaces[0]
         if isinstance(env, gym.Env) and is_nested(env.observation_space):
             env = FlattenObservation(env)
         wrapped = self._wrap_env(env, self.verbose)
@@ -242,6 +248,7 @@ class OfflineAlgorithm(SafeSaving, ABC):
         :param seed: seed; with ``None``, the generator of training is seeded from torch's global one
         """
         super().set_random_seed(seed)
+        self._env_seed = seed  # for an environment that is made later
         self.generator = th.Generator(self.device)
         self.generator.manual_seed(int(th.randint(2**62, ())) if seed is None else seed)
 
@@ -360,6 +367,37 @@ class OfflineAlgorithm(SafeSaving, ABC):
         """
         self._generator_state = (self.device.type, self.generator.get_state().cpu().numpy())
         super().save(path, exclude, include)
+
+    @classmethod
+    def load(
+        cls: type[SelfOfflineAlgorithm],
+        path: str | Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        trusted: bool = False,
+        **kwargs: Any,
+    ) -> SelfOfflineAlgorithm:
+        """Load a model, see ``SafeSaving.load()``.
+
+        :param path: file to read
+        :param env: environment to evaluate in; by default the dataset's own, rebuilt when it is asked for
+        :param device: where to compute
+        :param custom_objects: attributes to take from here instead of the file, by name
+        :param print_system_info: print what the model was saved on
+        :param force_reset: not used: nothing is collected from the environment
+        :param trusted: un-pickle what the file holds
+        :param kwargs: attributes to change; ``dataset`` is what to learn from in place of the file's, see ``set_dataset()``
+        """
+        dataset = kwargs.pop("dataset", None)
+        model = super().load(path, None, device, custom_objects, print_system_info, force_reset, trusted, **kwargs)
+        if dataset is not None:
+            model.set_dataset(dataset)
+        if env is not None:
+            model.set_env(env)
+        return model
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_dataset", "_data", "generator"]

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
+from sb3_diffrl.common import check_count
 from sb3_diffrl.offline.evaluation import reference_scores
 from sb3_diffrl.offline.writing import DataFormat, DatasetWriter, check_new_id, recoverable_spec
 from sb3_diffrl.saving import versions as versions
@@ -81,7 +83,9 @@ def record_dataset(
     :raises ValueError: if the id or the arguments are wrong, an action is outside the action space, or a number is not finite
     """
     check_new_id(dataset_id, overwrite)
-    if (n_episodes is None) == (n_steps is None) or min(n for n in (n_episodes, n_steps) if n is not None) < 1:
+    n_episodes = None if n_episodes is None else check_count("n_episodes", n_episodes)
+    n_steps = None if n_steps is None else check_count("n_steps", n_steps)
+    if (n_episodes is None) == (n_steps is None):
         raise ValueError(f"Give a positive `n_episodes` or `n_steps`, and not both: they are {n_episodes} and {n_steps}.")
     made, owned = _make_env(env)
     name = algorithm_name or _name(model)
@@ -123,7 +127,7 @@ def record_dataset(
                 "description": description,
                 "eval_env_spec": None if eval_spec is None else eval_spec.to_json(),
                 **_references(eval_spec or spec, ref_min_score, ref_max_score),
-                **(metadata or {}),
+                **{key: value for key, value in (metadata or {}).items() if key not in ("dataset_id", "minari_version")},
                 "provenance": {**own_provenance, **(provenance or {})},
             }
             return writer.publish({key: value for key, value in entries.items() if value is not None})
@@ -171,22 +175,24 @@ def _episodes(
 def _episode(actor: "_Actor", env: gym.Env[Any, Any], seed: int, max_steps: int | None) -> _Episode:
     observation, info = env.reset(seed=seed)
     actor.reset()
-    episode = _Episode(seed, [observation], [info])
+    # Copies: envs and policies may write the next observation, info or action into the same arrays.
+    episode = _Episode(seed, [deepcopy(observation)], [deepcopy(info)])
     while True:
-        action = actor(observation)
+        action = deepcopy(actor(observation))
         if not env.action_space.contains(action):
             raise ValueError(
                 f"Step {len(episode.rewards)} of the episode with seed {seed}: the action {action} is not in the action space "
                 f"{env.action_space}. Clip it, or mend the policy."
             )
+        taken = deepcopy(action)
         observation, reward, terminated, truncated, info = env.step(action)
         episode.was_cut = not (terminated or truncated) and len(episode.rewards) + 1 == max_steps
-        episode.observations.append(observation)
-        episode.actions.append(action)
+        episode.observations.append(deepcopy(observation))
+        episode.actions.append(taken)
         episode.rewards.append(float(reward))
         episode.terminations.append(bool(terminated))
         episode.truncations.append(bool(truncated) or episode.was_cut)
-        episode.infos.append(info)
+        episode.infos.append(deepcopy(info))
         if terminated or truncated or episode.was_cut:
             return episode
 
@@ -232,7 +238,11 @@ class _Actor:
             action, self.state = self.model.predict(seen, self.state, start, self.deterministic)
         else:
             action = self.model(observation)
-        return action if isinstance(action, (dict, tuple)) else np.asarray(action, self.space.dtype)
+        if isinstance(action, (dict, tuple)):
+            return action
+        converted = np.asarray(action, self.space.dtype)
+        # What is no whole number stays as it is, to be refused.
+        return converted if np.issubdtype(converted.dtype, np.floating) or np.array_equal(converted, action) else action
 
 
 def _make_env(env: EnvSource) -> tuple[gym.Env[Any, Any], bool]:

@@ -9,6 +9,8 @@ import torch as th
 from gymnasium import spaces
 from torch import nn
 
+# Relative standard deviation below which a coordinate counts as constant, ten units in the last place of single precision
+CONSTANT = 1e-6
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 
 
@@ -72,7 +74,11 @@ class ObservationFlattener:
         return np.ndim(observations) > len(space.shape or ())
 
     def _is_flat(self, observations: Any) -> bool:
-        return isinstance(self._flat_space, spaces.Dict) and isinstance(observations, np.ndarray)
+        if not (isinstance(self._flat_space, (spaces.Dict, spaces.Tuple)) and isinstance(observations, np.ndarray)):
+            return False
+        if observations.shape[-1:] != (self.dim,):
+            raise ValueError(f"Unexpected observation shape {observations.shape} for flattened observations of {self.dim} numbers.")
+        return True
 
 
 class FlattenObservation(gym.ObservationWrapper[np.ndarray, Any, Any]):
@@ -86,7 +92,7 @@ class FlattenObservation(gym.ObservationWrapper[np.ndarray, Any, Any]):
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
         self.flatten = ObservationFlattener(env.observation_space)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (self.flatten.dim,))
+        self.observation_space = flattened(env.observation_space)
 
     def observation(self, observation: Any) -> np.ndarray:
         """``(dim,)``, float32"""
@@ -94,8 +100,15 @@ class FlattenObservation(gym.ObservationWrapper[np.ndarray, Any, Any]):
         return vector
 
 
+def flattened(space: spaces.Space[Any]) -> spaces.Box:
+    """The space of the vectors that ``FlattenObservation`` gives."""
+    return spaces.Box(-np.inf, np.inf, (ObservationFlattener(space).dim,))
+
+
 def is_nested(space: spaces.Space[Any]) -> bool:
-    """Whether a dictionary holds a dictionary or a tuple."""
+    """Whether SB3's vectorised environments need it flattened: a tuple, or a dictionary that holds a dictionary or a tuple."""
+    if isinstance(space, spaces.Tuple):
+        return True
     return isinstance(space, spaces.Dict) and any(isinstance(part, (spaces.Dict, spaces.Tuple)) for part in space.values())
 
 
@@ -137,8 +150,11 @@ def _flatten(space: spaces.Space[Any], values: Any, out: np.ndarray) -> None:
             _one_hot(column, int(n), out[:, start : start + n])
             start += n
     else:
+        array = np.asarray(values)
+        if array.shape[1:] != space.shape:
+            raise ValueError(f"Unexpected observation shape {array.shape} for {space}: it must be (n, *{space.shape}).")
         # (batch, *shape) -> (batch, dim)
-        out[:] = np.asarray(values).reshape(len(out), -1)
+        out[:] = array.reshape(len(out), -1)
 
 
 def _one_hot(indices: np.ndarray, n: int, out: np.ndarray) -> None:
@@ -189,10 +205,11 @@ class Normalizer(nn.Module):
         chunks = [vectors[start : start + rows_at_once] for start in range(0, len(vectors), rows_at_once)]
         mean = np.sum([chunk.sum(axis=0, dtype=np.float64) for chunk in chunks], axis=0) / len(vectors)
         variance = np.sum([np.square(chunk - mean).sum(axis=0) for chunk in chunks], axis=0) / len(vectors)
-        # Rounding leaves a constant coordinate a tiny standard deviation.
-        is_constant = vectors.min(axis=0) == vectors.max(axis=0)
+        # Rounding, here or in the data's single precision, leaves a constant coordinate a tiny standard deviation.
+        std = np.sqrt(variance)
+        is_constant = std <= CONSTANT * np.maximum(1.0, np.abs(mean))
         self.mean.copy_(th.as_tensor(mean))
-        self.std.copy_(th.as_tensor(np.where(is_constant, 1.0, np.sqrt(variance))))
+        self.std.copy_(th.as_tensor(np.where(is_constant, 1.0, std)))
         return self
 
     def normalize(self, x: th.Tensor) -> th.Tensor:

@@ -101,7 +101,7 @@ class DatasetWriter:
         :param terminations: ``(n_steps,)``
         :param truncations: ``(n_steps,)``; neither flag may be set at the end of an episode that was cut
         :param infos: ``n_steps + 1`` of them, the first from the reset; numbers and arrays of numbers are kept. The keys are those
-            of the first episode; where a step lacks one it holds NaN, 0 or false
+            of the first episode; whole numbers become float64; where a step lacks one it holds NaN or false
         :param seed: which the env was reset with
         :raises ValueError: if the lengths do not agree, the episode goes on after its end, or a number is NaN or infinite
         """
@@ -143,7 +143,7 @@ class DatasetWriter:
             raise ValueError(f"No episode was added to {self.dataset_id}.")
         self._storage.update_episode_metadata(self._episode_metadata)
         own = {"dataset_id": self.dataset_id, "minari_version": minari.__version__}
-        self._storage.update_metadata({**own, **(metadata or {})})
+        self._storage.update_metadata({**(metadata or {}), **own})
 
         check_new_id(self.dataset_id, self.overwrite)
         namespace = parse_dataset_id(self.dataset_id)[0]

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,7 +37,7 @@ class TrainingPlan:
 
     :param env_id: environment, as registered in Gymnasium
     :param algorithm: class that is trained
-    :param arguments: its constructor's arguments, beside policy, env, seed, device and ``buffer_size`` (which is ``max_steps``)
+    :param arguments: its constructor's arguments, beside policy, env, seed, device and ``buffer_size`` (which holds ``max_steps``)
     :param medium_return: the medium policy is the first whose evaluated return reaches this; ``None`` for the first
         stretch's
     :param expert_return: the expert policy is the first after it that reaches this, where training ends; ``None`` for the next
@@ -191,7 +192,8 @@ def _restore(folder: Path, plan: TrainingPlan) -> tuple[OffPolicyAlgorithm, list
     env = make_vec_env(plan.env_id)
     checkpoints = sorted((folder / "checkpoints").glob("*[0-9]"))
     if not checkpoints:
-        arguments = {**plan.arguments, "buffer_size": plan.max_steps, "device": "cpu", "seed": plan.seed}
+        # A copy: SB3 writes into the `policy_kwargs` that it is given. One place more than steps: the buffer never begins anew.
+        arguments = {**deepcopy(plan.arguments), "buffer_size": plan.max_steps + 1, "device": "cpu", "seed": plan.seed}
         return cls("MlpPolicy", env, **arguments), []
     model = cls.load(checkpoints[-1] / "model.zip", env=env, device="cpu")
     model.load_replay_buffer(checkpoints[-1] / "replay_buffer.pkl")
