@@ -22,6 +22,7 @@ from sb3_diffrl.offline.writing import DatasetWriter
 from sb3_diffrl.saving import ModelFileError
 from sb3_diffrl.saving.archive import ENTRY
 
+from . import fuzzing
 from .envs import box_env
 from .mutations import MARK_VARIABLE, MUTATIONS, Planted, pack, unpack
 from .test_saving import tiny_dataset
@@ -192,3 +193,13 @@ def test_a_dataset_that_claims_much_is_refused(tmp_path: Path, monkeypatch: pyte
         OfflineDataset.load(dataset_id)
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("target", fuzzing.TARGETS)
+def test_fuzzed_inputs_are_read_or_refused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # benchmarks/faults.py does the same by the thousand.
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "")
+    counts = fuzzing.TARGETS[target](60)
+    assert counts["inputs"] == counts["read"] + counts["refused"] == 60
+    assert counts["refused"] > 5
+    assert counts["ran_or_wrote"] == 0

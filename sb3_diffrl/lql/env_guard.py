@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
@@ -48,6 +49,20 @@ def finite(env: VecEnv) -> Iterator[None]:
         yield
     finally:
         del source.reset, source.step_wait
+
+
+def check_observable(env: Any) -> None:
+    """Check that Stable-Baselines3's environments and networks take the observations of an env, if it is made already.
+
+    :raises ValueError: naming the space, and what is supported
+    """
+    space = getattr(env, "observation_space", None)
+    for part in space.values() if isinstance(space, spaces.Dict) else [space]:
+        if part is not None and not isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise ValueError(
+                f"The observation space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of those, or "
+                "flatten it by a `gymnasium.wrappers.FlattenObservation`."
+            )
 
 
 def check_finite(what: str, values: Any, first_env: int = 0) -> None:

@@ -37,7 +37,7 @@ from sb3_diffrl.common import (
     check_scalable,
 )
 from sb3_diffrl.lql.critic import LangevinCritic
-from sb3_diffrl.lql.env_guard import end_trajectory, finite
+from sb3_diffrl.lql.env_guard import check_observable, end_trajectory, finite
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 from sb3_diffrl.lql.random_state import random_state, set_random_state
@@ -152,6 +152,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
+        check_observable(env)
         super().__init__(
             policy,
             env,
@@ -350,9 +351,9 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
             repeated: th.Tensor | dict[str, th.Tensor] = {k: v.repeat_interleave(n_samples, 0) for k, v in obs.items()}
         else:
             repeated = obs.repeat_interleave(n_samples, 0)
-        actions = self.policy.sample_actions(repeated, generator=generator)
         # (batch * n_samples, action_dim) -> (batch, n_samples, action_dim)
-        return float(actions.view(-1, n_samples, actions.shape[1]).std(dim=1).mean())
+        actions = self.policy.sample_actions(repeated, generator=generator).unflatten(0, (-1, n_samples))
+        return float(actions.std(dim=1).mean())
 
     def dump_logs(self) -> None:
         """Write the logs, with the spread of the policy's samples at a few states of the last minibatch."""
@@ -404,7 +405,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         with self._fault_handling(), finite(self.env):
             prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         state, self._random_state = self._random_state, None
-        if state is not None and state["seed"] == self.seed and not reset_num_timesteps:
+        if not reset_num_timesteps and state is not None and state["seed"] == self.seed:
             set_random_state(state, self.device, self.action_space)
         return prepared
 

@@ -1,0 +1,285 @@
+"""Faults on purpose: processes killed at random moments, files mutated at random, very long runs.
+
+``kill`` trains with frequent checkpoints in a process that gets SIGKILL at a random moment, loads what is there, goes on to the
+end, and compares with a run that was never stopped. ``fuzz`` loads mutated models, datasets and configurations. ``long`` makes a
+million updates and a hundred thousand predictions. Each writes a CSV line at a time, beside a JSON with command, versions and
+hardware.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from provenance import metadata
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_diffrl import NCLQL, DiffusionBC, OfflineDataset, record_dataset
+from sb3_diffrl.pg import PG
+from sb3_diffrl.planner import DiffusionPlanner
+
+RESULTS = Path(__file__).parent / "results" / "faults"
+DATASET, RECORDED = "faults/pendulum/random-v0", "faults/pendulum/recorded-v0"
+SMALL = {"d_model": 16, "depth": 1, "critic_depth": 1, "head_dim": 8, "time_embedding_dim": 8, "net_arch": [8]}
+OFFLINE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "DiffusionBC": (DiffusionBC, {"policy_kwargs": {"net_arch": [16]}}),
+    "DiffusionPlanner": (DiffusionPlanner, {"policy_kwargs": SMALL}),
+    "PG": (PG, {"policy_kwargs": SMALL}),
+}
+ALGORITHMS: dict[str, Any] = {"NCLQL": NCLQL, **{name: cls for name, (cls, _) in OFFLINE.items()}}
+KINDS = (*ALGORITHMS, "recording")
+STEPS, EVERY = 24, 2
+
+
+# ---------------------------------------------------------------------- killing
+
+
+class Checkpoint(BaseCallback):
+    """Saves the model to the same file over and over."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % EVERY == 0:
+            assert self.model is not None
+            self.model.save(self.folder / "checkpoint")
+            if isinstance(self.model, NCLQL):
+                self.model.save_replay_buffer(self.folder / "buffer")
+        return True
+
+
+def make(kind: str) -> Any:
+    """A tiny model, or ``None`` for a recording."""
+    if kind == "NCLQL":
+        kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [16]}, "learning_starts": 10, "buffer_size": 500, "batch_size": 8}
+        return NCLQL("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **kwargs)
+    cls, kwargs = OFFLINE[kind]
+    return cls("MlpPolicy", dataset=DATASET, batch_size=8, seed=0, device="cpu", **kwargs)
+
+
+def work(kind: str, folder: Path) -> None:
+    """What is killed."""
+    if kind == "recording":
+        for seed in range(20):
+            record_dataset(None, "Pendulum-v1", RECORDED, n_steps=300, seed=seed, overwrite=True)
+    else:
+        make(kind).learn(STEPS, Checkpoint(folder))
+
+
+def digest(model: Any) -> str:
+    """Of the weights and the optimiser, to the bit."""
+    names, _ = model._get_torch_save_params()
+    found = hashlib.sha256()
+    for name in names:
+        state = model.get_parameters()[name]
+        for value in state.values() if name == "policy" else (v for s in state["state"].values() for v in s.values()):
+            found.update(th.as_tensor(value).numpy().tobytes())
+    return found.hexdigest()
+
+
+def finish(kind: str, folder: Path) -> dict[str, Any]:
+    """Load what a killed process left, and go on to the end.
+
+    :return: the step that was loaded, the step at the end, the digest there
+    """
+    if kind == "recording":
+        steps = OfflineDataset.load(RECORDED).n_steps if (dataset_folder() / RECORDED).exists() else 0
+        record_dataset(None, "Pendulum-v1", RECORDED, n_steps=300, seed=0, overwrite=True)
+        return {"loaded": steps, "finished": OfflineDataset.load(RECORDED).n_steps, "digest": "", "whole": steps in (0, 300)}
+    if not (folder / "checkpoint.zip").exists():
+        model = make(kind)
+    elif kind == "NCLQL":
+        model = NCLQL.load(folder / "checkpoint", env=make(kind).get_env(), device="cpu")
+        if (folder / "buffer.pkl").exists():
+            model.load_replay_buffer(folder / "buffer")
+    else:
+        model = ALGORITHMS[kind].load(folder / "checkpoint", device="cpu")
+    loaded = model.num_timesteps
+    model.learn(STEPS - loaded, Checkpoint(folder), reset_num_timesteps=False)
+    is_finite = all(bool(th.isfinite(value).all()) for value in model.policy.state_dict().values())
+    whole = loaded % EVERY == 0 and is_finite
+    return {"loaded": loaded, "finished": model.num_timesteps, "digest": digest(model), "whole": whole}
+
+
+def dataset_folder() -> Path:
+    """Where the datasets are."""
+    return Path(os.environ["MINARI_DATASETS_PATH"])
+
+
+def forked(task: Callable[[], Any], result: Path) -> int:
+    """Run a task in a forked process, which writes what it returns, or the error, to a file of JSON.
+
+    :return: its process id
+    """
+    child = os.fork()
+    if child:
+        return child
+    try:
+        warnings.simplefilter("ignore")
+        result.write_text(json.dumps(task()))
+    except BaseException as error:
+        result.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        os._exit(1)
+    os._exit(0)
+
+
+def outcome(task: Callable[[], Any], result: Path) -> dict[str, Any]:
+    """What a task returns when it is run in a forked process."""
+    os.waitpid(forked(task, result), 0)
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def trial(kind: str, seed: int, expected: dict[str, Any]) -> dict[str, Any]:
+    """Kill one process and see what is left.
+
+    :param expected: of the run that was never stopped: its ``digest`` and how many ``seconds`` it took
+    """
+    delay = float(np.random.default_rng([seed, KINDS.index(kind)]).uniform(0, expected["seconds"]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        child = forked(lambda: work(kind, folder), folder / "work.json")
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        left_over = len(list(folder.glob(".*.saving"))) + len(list(dataset_folder().rglob(".recording-*")))
+        found = outcome(lambda: finish(kind, folder), folder / "finish.json")
+    equal = found.get("digest") == expected["digest"]
+    ok = "error" not in found and found["whole"] and (equal or kind in ("NCLQL", "recording"))
+    return {
+        "kind": kind,
+        "seed": seed,
+        "killed_after_s": round(delay, 4),
+        "loaded_step": found.get("loaded"),
+        "final_step": found.get("finished"),
+        "hidden_files_left": left_over,
+        "equal_to_the_bit": equal if kind in OFFLINE else "",
+        "ok": ok,
+        "error": found.get("error", ""),
+    }
+
+
+def reference(kind: str) -> dict[str, Any]:
+    """A run that is not stopped."""
+    with tempfile.TemporaryDirectory() as name:
+        start = time.perf_counter()
+        if kind == "recording":
+            outcome(lambda: work(kind, Path(name)), Path(name) / "work.json")
+            return {"digest": "", "seconds": time.perf_counter() - start}
+        found = outcome(lambda: finish(kind, Path(name)), Path(name) / "work.json")
+        return {"digest": found["digest"], "seconds": time.perf_counter() - start}
+
+
+def kill(trials: int, out: Path) -> None:
+    """All trials, a CSV line each."""
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["MINARI_DATASETS_PATH"] = name
+        made = outcome(
+            lambda: {"id": record_dataset(None, "Pendulum-v1", DATASET, n_steps=400, seed=0).id}, Path(name) / "made.json"
+        )
+        assert made == {"id": DATASET}, made
+        rows = []
+        for kind in KINDS:
+            expected = reference(kind)
+            rows += [write_row(out, trial(kind, seed, expected)) for seed in range(trials)]
+    print(f"{sum(bool(row['ok']) for row in rows)} of {len(rows)} trials ended as promised")
+
+
+# ---------------------------------------------------------------------- fuzzing
+
+
+def fuzz(count: int, out: Path) -> None:
+    """Mutated models, datasets and configurations: each is loaded, or refused by an error that is documented."""
+    from tests import fuzzing
+
+    for name, run in fuzzing.TARGETS.items():
+        # A model takes ten times as long as the others.
+        counts = run(count // 5 if name == "models" else count)
+        write_row(out, {"target": name, **counts})
+
+
+# ---------------------------------------------------------------------- long runs
+
+
+def long(updates: int, predictions: int, out: Path) -> None:
+    """Memory, time and open files along a million updates and many predictions."""
+    from tests.envs import box_env
+
+    kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [4], "n_critics": 1}, "n_levels": 2, "n_langevin_steps": 1}
+    model = NCLQL("MlpPolicy", box_env(2, 1), learning_starts=50, batch_size=2, buffer_size=1000, seed=0, device="cpu", **kwargs)
+    model.learn(60)
+    start, obs = time.process_time(), np.zeros(2, np.float32)
+    for part in range(10):
+        model.train(updates // 10, batch_size=2)
+        write_row(out, {"what": "updates", "done": (part + 1) * updates // 10, **usage(start)})
+    start = time.process_time()
+    for part in range(10):
+        for _ in range(predictions // 10):
+            model.predict(obs)
+        write_row(out, {"what": "predictions", "done": (part + 1) * predictions // 10, **usage(start)})
+
+
+def usage(start: float) -> dict[str, float]:
+    """Seconds of CPU since the start, resident memory, open files."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    return {"cpu_s": round(time.process_time() - start, 2), "memory_mib": round(memory, 1), "open_files": files}
+
+
+# ---------------------------------------------------------------------- results
+
+
+def write_row(out: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """Append a line to the CSV."""
+    is_new = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["kill", "fuzz", "long"])
+    parser.add_argument("--trials", type=int, default=12, help="processes killed of each kind")
+    parser.add_argument(
+        "--count", type=int, default=6000, help="inputs of the fuzzing: datasets, configurations, and a fifth as many models"
+    )
+    parser.add_argument("--updates", type=int, default=1_000_000)
+    parser.add_argument("--predictions", type=int, default=100_000)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    th.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' environments and mutations
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.what}.csv"
+    path.unlink(missing_ok=True)
+    arguments = {name: str(value) for name, value in vars(args).items() if name != "out"}
+    path.with_suffix(".json").write_text(json.dumps(metadata(arguments, shlex.join(["python", *sys.argv])), indent=1) + "\n")
+    if args.what == "kill":
+        kill(args.trials, path)
+    elif args.what == "fuzz":
+        fuzz(args.count, path)
+    else:
+        long(args.updates, args.predictions, path)
+
+
+if __name__ == "__main__":
+    main()
