@@ -25,18 +25,25 @@ from timesteps import N_TIMES, RESULTS, Task, load_data, make_network, make_samp
 from torch import nn
 
 from sb3_diffrl.diffusion import DiffusionProcess, MlpDenoiser, make_schedule
+from sb3_diffrl.timesteps import TimestepSampler
 
-TIMED = ("uniform", "loss_second_moment", "adaptive", "published")
-BATCH, BLOCK, N_BLOCKS, WARM_UP = 128, 80, 8, 40
+TIMED: dict[str, dict[str, Any] | None] = {
+    "uniform": None,
+    "loss_second_moment": None,
+    "adaptive": None,
+    "adaptive, update_frequency=80": {"update_frequency": 80},
+    "published": None,
+}
+BATCH, BLOCK, N_BLOCKS, WARM_UP = 128, 80, 6, 40
 
 
 class Loop:
     """A plain training loop."""
 
-    def __init__(self, network: nn.Module, x: th.Tensor, sampler: str, batch: int) -> None:
+    def __init__(self, network: nn.Module, x: th.Tensor, sampler: TimestepSampler, batch: int) -> None:
         self.network, self.x, self.batch = network, x, batch
         self.process = DiffusionProcess(make_schedule("linear", N_TIMES))
-        self.sampler = make_sampler(sampler, None).setup(self.process, tuple(x.shape[1:]))
+        self.sampler = sampler.setup(self.process, tuple(x.shape[1:]))
         self.optimizer = th.optim.Adam(network.parameters(), 1e-3, fused=True)
 
     def denoise(self, x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
@@ -60,7 +67,7 @@ class Loop:
 
 def overhead() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     x = load_data(Task()).train
-    loops = {name: Loop(MlpDenoiser(64, 0), x, name, BATCH) for name in TIMED}
+    loops = {name: Loop(MlpDenoiser(64, 0), x, make_sampler(name, settings), BATCH) for name, settings in TIMED.items()}
     for loop in loops.values():
         loop.steps(WARM_UP)
     rows: list[dict[str, Any]] = []
@@ -69,15 +76,18 @@ def overhead() -> tuple[list[dict[str, Any]], dict[str, Any]]:
             start = time.process_time()
             loop.steps(BLOCK)
             rows.append({"block": block, "sampler": name, "ms": f"{(time.process_time() - start) / BLOCK * 1000:.4f}"})
+    # Of the same block, since the machine's speed drifts
+    uniform = {row["block"]: float(row["ms"]) for row in rows if row["sampler"] == "uniform"}
+    ratios = {n: median(float(row["ms"]) / uniform[row["block"]] for row in rows if row["sampler"] == n) for n in loops}
     milliseconds = {name: median(float(row["ms"]) for row in rows if row["sampler"] == name) for name in loops}
-    return rows, {"median_ms": milliseconds, "over_uniform": {n: ms / milliseconds["uniform"] for n, ms in milliseconds.items()}}
+    return rows, {"median_ms": milliseconds, "over_uniform": ratios}
 
 
 def variance() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     th.manual_seed(100)
     task = Task()
     x = load_data(task).train
-    loop = Loop(make_network(task, x), x, "uniform", task.batch)
+    loop = Loop(make_network(task, x), x, make_sampler("uniform", None), task.batch)
     rows, done = [], 0
     for step in (100, 1000, 4000):
         loop.steps(step - done)
