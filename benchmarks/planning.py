@@ -145,9 +145,10 @@ def load_method(
 ) -> tuple[Any, gym.vector.VectorEnv]:
     """A model that plans by one method, and environments for it."""
     hides_goal = task.hides_goal and method != "controller"
+    spec = dataset.recover_environment(eval_env=True).spec
 
     def make_env() -> gym.Env[Any, Any]:
-        env = dataset.recover_environment(eval_env=True)
+        env = gym.make(spec)
         return HideGoal(env) if hides_goal else env
 
     env = gym.vector.SyncVectorEnv([make_env for _ in range(n_episodes)])
