@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import timestep_figures
 from scipy import stats
 
 ROOT = Path(__file__).parent.parent
@@ -229,6 +230,7 @@ def main() -> None:
         if (RESULTS / source).exists():
             (TABLES / f"{name}.md").write_text(table())
     (TABLES / "references.md").write_text(references_table())
+    timestep_figures.main()
 
 
 if __name__ == "__main__":
