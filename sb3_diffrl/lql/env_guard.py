@@ -60,8 +60,8 @@ def check_observable(env: Any) -> None:
     for part in space.values() if isinstance(space, spaces.Dict) else [space]:
         if part is not None and not isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             raise ValueError(
-                f"The observation space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary or a Dict of those, or "
-                "flatten it by a `gymnasium.wrappers.FlattenObservation`."
+                f"The observation space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of "
+                "those, or flatten it by a `gymnasium.wrappers.FlattenObservation`."
             )
 
 

@@ -426,9 +426,8 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
                 with self._fault_handling(), finite(env):
                     if self._last_obs is None:  # after a fault
                         self._restart(env)
-                    return super().collect_rollouts(
-                        env, callback, train_freq, replay_buffer, action_noise, learning_starts, log_interval
-                    )
+                    options = (train_freq, replay_buffer, action_noise, learning_starts, log_interval)
+                    return super().collect_rollouts(env, callback, *options)
             except NonFiniteError as error:
                 if self.num_timesteps > before:
                     before, self._skipped_in_a_row = self.num_timesteps, 0

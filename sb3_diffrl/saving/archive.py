@@ -37,7 +37,7 @@ class Archive(NamedTuple):
 
 def document(attributes: Mapping[str, Any]) -> str:
     """The JSON of encoded attributes, with the version of the format and the versions of the packages."""
-    return json.dumps({"format": FORMAT, "versions": versions(), "attributes": attributes}, indent=1)
+    return json.dumps({"format": FORMAT, "versions": versions(), "attributes": attributes})
 
 
 def read_document(text: str | bytes, what: str) -> tuple[dict[str, Any], dict[str, str]]:
