@@ -16,7 +16,16 @@ from typing import Any
 import yaml
 
 #: Packages that a configuration may name classes of.
-KNOWN_PACKAGES = ("gymnasium", "gymnasium_robotics", "minari", "rl_zoo3", "sb3_contrib", "sb3_diffrl", "stable_baselines3")
+KNOWN_PACKAGES = (
+    "gymnasium",
+    "gymnasium_robotics",
+    "minari",
+    "minigrid",
+    "rl_zoo3",
+    "sb3_contrib",
+    "sb3_diffrl",
+    "stable_baselines3",
+)
 #: Keys whose strings RL Zoo evaluates as Python.
 EVALUATED = ("monitor_kwargs", "normalize", "policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
 #: Keys whose strings name something to import, in the order in which they are used.

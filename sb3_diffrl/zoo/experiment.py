@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import rl_zoo3
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -79,7 +80,9 @@ class Experiment(ExperimentManager):
         if self._argument("entry") is None and not self.config.endswith((".yml", ".yaml")):
             return super().read_hyperparameters()
         hyperparams = self._entry()
-        resolve(hyperparams, bool(self._argument("trust")))  # refuses code
+        # RL Zoo's own files are as much installed code as RL Zoo itself.
+        is_zoos = self._argument("entry") is None and Path(self.config).is_relative_to(Path(rl_zoo3.__file__).parent)
+        resolve(hyperparams, bool(self._argument("trust")) or is_zoos)  # refuses code
         if self.storage and self.study_name and self.trial_id is not None:
             hyperparams.update(self.load_trial(self.storage, self.study_name, self.trial_id))
         hyperparams.update(self.custom_hyperparams or {})
