@@ -198,6 +198,25 @@ def makers_table() -> str:
     return "\n".join([*lines, "", "Means and 95% intervals over episodes; `python benchmarks/makers.py`."]) + "\n"
 
 
+def faults_table() -> str:
+    """Killed processes, fuzzed inputs and long runs."""
+    rows = {path.stem: list(csv.DictReader(path.open())) for path in (RESULTS / "faults").glob("*.csv")}
+    lines = ["| killed | processes | step of the checkpoint that was loaded | ended as promised |", "|---|---|---|---|"]
+    for kind in dict.fromkeys(row["kind"] for row in rows.get("kill", [])):
+        trials = [row for row in rows["kill"] if row["kind"] == kind]
+        loaded = sorted(int(row["loaded_step"] or -1) for row in trials)
+        unit = "steps of the dataset" if kind == "recording" else "steps"
+        ok = sum(row["ok"] == "True" for row in trials)
+        lines.append(f"| {kind} | {len(trials)} | {', '.join(map(str, loaded))} ({unit}) | {ok} |")
+    lines += ["", "| fuzzed | inputs | read | refused | other errors | crashes | ran or wrote |", "|---|---|---|---|---|---|---|"]
+    for row in rows.get("fuzz", []):
+        lines.append("| " + " | ".join(row.values()) + " |")
+    lines += ["", "| long run | done | CPU seconds | memory, MiB | open files |", "|---|---|---|---|---|"]
+    for row in rows.get("long", []):
+        lines.append("| " + " | ".join(row.values()) + " |")
+    return "\n".join([*lines, "", "`python benchmarks/faults.py kill`, `fuzz`, `long`."]) + "\n"
+
+
 def references_table() -> str:
     """The package's own random and expert references, with where they come from."""
     references = json.loads((ROOT / "sb3_diffrl" / "offline" / "references.json").read_text())
@@ -225,6 +244,7 @@ def main() -> None:
         ("loading", "loading.json", loading_table),
         ("cloning", "cloning", cloning_table),
         ("makers", "makers", makers_table),
+        ("faults", "faults", faults_table),
     )
     for name, source, table in tables:
         if (RESULTS / source).exists():

@@ -51,7 +51,7 @@ def test_saving_and_loading_leave_no_file_open(tmp_path: Path) -> None:
             model.save(tmp_path / "model")
             model.save_replay_buffer(tmp_path / "buffer")
             NCLQL.load(tmp_path / "model", device="cpu").load_replay_buffer(tmp_path / "buffer")
-        return faults.usage(0.0)["open_files"]
+        return float(faults.usage(0.0)["open_files"])
 
     assert some(1) == some(5)
 

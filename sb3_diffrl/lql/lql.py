@@ -352,7 +352,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         else:
             repeated = obs.repeat_interleave(n_samples, 0)
         # (batch * n_samples, action_dim) -> (batch, n_samples, action_dim)
-        actions = self.policy.sample_actions(repeated, generator=generator).unflatten(0, (-1, n_samples))
+        actions = self.policy.sample_actions(repeated, generator=generator).view(-1, n_samples, self.critic.action_dim)
         return float(actions.std(dim=1).mean())
 
     def dump_logs(self) -> None:
