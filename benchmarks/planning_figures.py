@@ -20,6 +20,8 @@ from matplotlib.patches import Rectangle
 from scipy import stats
 
 SOURCE = RESULTS / "planning"
+# The time limits of the mazes.
+EPISODE_STEPS = {"umaze": 300, "medium": 600}
 LABELS = {
     "controller": "controller, no noise",
     "bc": "DiffusionBC",
@@ -59,10 +61,13 @@ def table(task: str, results: dict[str, dict[int, Columns]]) -> str:
     described = json.loads(next(iter(sorted(SOURCE.glob(f"{task}-s[0-9].json")))).read_text())
     timing = SOURCE / f"{task}-time.json"
     times = json.loads(timing.read_text())["median_ms"] if timing.exists() else {}
-    is_maze = "controller" in results
+    is_maze = "pointmaze" in described["arguments"]["task"]["dataset_id"]
     head = ["", "seeds x episodes", "return"] + (["score that latches", "success"] if is_maze else []) + ["ms per env step"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    if not is_maze:
+    if is_maze:
+        steps = EPISODE_STEPS[task]
+        lines.append(f"| the data, over {steps} steps | | {steps * described['data']['reward_per_step']:.0f} | | | |")
+    else:
         lines.append(f"| the data | | {described['data']['mean_return']:.0f} | |")
     for method, seeds in results.items():
         n_episodes = len(next(iter(seeds.values()))["return"])
