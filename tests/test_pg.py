@@ -47,7 +47,7 @@ def test_the_squashed_latents_divergence_is_that_of_its_density() -> None:
     mean, log_std = th.tensor(0.4, dtype=th.float64), th.tensor(-0.7, dtype=th.float64)
     u = mean + log_std.exp() * th.randn(400_000, dtype=th.float64, generator=th.Generator().manual_seed(0))
     z = th.linspace(-2, 2, 40_001, dtype=th.float64)[1:-1]
-    density = th.distributions.Normal(mean, log_std.exp()).log_prob(th.atanh(z / 2)) - th.log(2 * (1 - (z / 2) ** 2))
+    density = th.distributions.Normal(mean, log_std.exp()).log_prob(th.atanh(z / 2)) - th.log(2 * (1 - (z / 2) ** 2))  # type: ignore[no-untyped-call]
     standard = -0.5 * z**2 - 0.5 * math.log(2 * math.pi)
     integral = th.trapezoid(density.exp() * (density - standard), z)
     th.testing.assert_close(squashed_kl(u, mean, log_std).mean(), integral, atol=3e-3, rtol=0)
@@ -71,7 +71,7 @@ def test_the_reductions_of_the_divergence(reduction: Any, expected: float) -> No
     """Mean 2 and standard deviation 1 in each of 3 x 2 entries: 2 nats an entry."""
     model = make_pg(squash=False, kl_reduction=reduction, alpha=0.0)
     with th.no_grad():
-        model.policy.prior.head[-1].bias[:2] = 2.0
+        model.policy.prior.head[-1].bias[:2] = 2.0  # type: ignore[operator]
     assert float(model._prior_loss(th.randn(16, 2))[1]["kl"]) == pytest.approx(expected)
 
 
@@ -199,7 +199,7 @@ def test_with_a_frozen_random_prior_the_value_falls(planner: DiffusionPlanner) -
     learnt = train_prior(planner)
     frozen = train_prior(planner, n=1)
     with th.no_grad():
-        frozen.policy.prior_target.head[-1].weight.normal_(generator=th.Generator().manual_seed(0))
+        frozen.policy.prior_target.head[-1].weight.normal_(generator=th.Generator().manual_seed(0))  # type: ignore[operator]
     assert value_from_start(frozen, "pg") < value_from_start(learnt, "pg") - 0.5
 
 

@@ -345,7 +345,7 @@ def test_a_saved_model_plans_as_before(tmp_path: Path) -> None:
     loaded.guidance = "cg"
     assert loaded.plan(obs).shape == (3, 4, 2)
     other = make_planner(train_for=("cg",), seed=1)
-    other.set_parameters(model.get_parameters())
+    other.set_parameters(model.get_parameters())  # type: ignore[arg-type]
     assert_same(other.policy.state_dict(), model.policy.state_dict())
 
 
@@ -407,7 +407,7 @@ def test_presets_fit_the_domains_they_are_for(domain: Any, env_id: str, tmp_path
     assert env is not None
     obs = env.reset()
     assert model.plan(obs).shape == (1, preset["horizon"], model.policy.obs_dim)
-    env.step(model.predict(obs)[0])
+    env.step(model.predict(obs)[0])  # type: ignore[arg-type]
     # Environments whose observations are nested come flattened; the model takes them either way.
     raw = recorded.recover_environment().reset(seed=0)[0]
     np.testing.assert_array_equal(
@@ -419,9 +419,9 @@ def test_presets_fit_the_domains_they_are_for(domain: Any, env_id: str, tmp_path
 
 @pytest.mark.parametrize("name", ["speed", "loss_second_moment", "adaptive+min_snr"])
 def test_timestep_samplers_serve_the_planner_and_the_inverse_dynamics(name: str, tmp_path: Path) -> None:
-    from sb3_diffrl.timesteps import AdaptiveTimestepSampler, LossSecondMomentSampler
+    from sb3_diffrl.timesteps import AdaptiveTimestepSampler, LossSecondMomentSampler, TimestepSampler
 
-    quick = {"adaptive+min_snr": AdaptiveTimestepSampler(update_frequency=2, weighting="min_snr")}
+    quick: dict[str, TimestepSampler] = {"adaptive+min_snr": AdaptiveTimestepSampler(update_frequency=2, weighting="min_snr")}
     quick["loss_second_moment"] = LossSecondMomentSampler(history=1)
     dataset = make_dataset(lengths=(20, 30))
     model = make_planner(dataset, train_for=("cfg",), timestep_sampler=quick.get(name, name))
