@@ -5,8 +5,8 @@
 
 `overhead` trains one model for each sampler in turn, 80 steps at a time, so that all see the same machine, and compares the
 process's own seconds (`time.process_time`), on one thread; T = 1000, minibatches of 128, the default network of `MlpDenoiser`.
-`variance` trains a model with uniform timesteps and looks at single rows' gradients at 50 timesteps every so often: the norm of
-their mean, and the root of their total variance. Both write to `results/timesteps/`.
+`variance` trains a model with uniform timesteps and looks at 64 rows' losses and gradients at 50 timesteps every so often: the norm
+of the mean gradient, and the root of the gradients' total variance. Both write to `results/timesteps/`.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch as th
 from provenance import metadata
 from timesteps import N_TIMES, RESULTS, Task, load_data, make_network, make_sampler
 from torch import nn
 
 from sb3_diffrl.diffusion import DiffusionProcess, MlpDenoiser, make_schedule
-from sb3_diffrl.timesteps import TimestepSampler
+from sb3_diffrl.timesteps import TimestepSampler, timestep_statistics
 
 TIMED: dict[str, dict[str, Any] | None] = {
     "uniform": None,
@@ -92,29 +91,11 @@ def variance() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for step in (100, 1000, 4000):
         loop.steps(step - done)
         done = step
-        for t in np.linspace(0, N_TIMES - 1, 50).round().astype(int):
-            mean, total = gradient_moments(loop, x, int(t))
-            rows.append({"step": step, "t": int(t), "norm_of_mean": f"{mean:.6g}", "std": f"{total:.6g}"})
+        times = th.linspace(0, N_TIMES - 1, 50).round().long()
+        measured = timestep_statistics(loop.denoise, loop.network.parameters(), loop.process, x[:64], times)
+        for t, loss, norm, std in zip(times.tolist(), *(values.tolist() for values in measured), strict=True):
+            rows.append({"step": step, "t": t, "loss": f"{loss:.6g}", "norm_of_mean": f"{norm:.6g}", "std": f"{std:.6g}"})
     return rows, {}
-
-
-def gradient_moments(loop: Loop, x: th.Tensor, t: int, n: int = 64) -> tuple[float, float]:
-    """Norm of the mean, and root of the total variance, of ``n`` rows' gradients of the loss at one time."""
-    parameters = {name: value.detach() for name, value in loop.network.named_parameters()}
-    generator = th.Generator().manual_seed(t)
-    x0 = x[th.randint(len(x), (n,), generator=generator)]
-    noise = th.randn(x0.shape, generator=generator)
-
-    def loss(weights: dict[str, th.Tensor], x0: th.Tensor, noise: th.Tensor) -> th.Tensor:
-        def denoise(x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
-            output: th.Tensor = th.func.functional_call(loop.network, weights, (x_t, loop.process.schedule.network_time(t)))
-            return output
-
-        return loop.process.denoising_loss(denoise, x0[None], th.full((1,), t), noise[None])[0]
-
-    gradients = th.func.vmap(th.func.grad(loss), in_dims=(None, 0, 0))(parameters, x0, noise)
-    flat = th.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
-    return float(flat.mean(0).norm()), float(flat.var(0).sum().sqrt())
 
 
 def main() -> None:

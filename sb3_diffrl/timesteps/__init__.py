@@ -1,6 +1,7 @@
 """Which times a diffusion model is trained on: fixed rules, importance sampling and a learned policy, for any training loop."""
 
 from sb3_diffrl.timesteps.adaptive import AdaptiveTimestepSampler
+from sb3_diffrl.timesteps.diagnostics import TimestepStatistics, timestep_statistics
 from sb3_diffrl.timesteps.factory import make_timestep_sampler, timestep_sampler_by_name
 from sb3_diffrl.timesteps.mixin import TimestepSamplerMixin
 from sb3_diffrl.timesteps.samplers import (
@@ -28,7 +29,9 @@ __all__ = [
     "TimestepSample",
     "TimestepSampler",
     "TimestepSamplerMixin",
+    "TimestepStatistics",
     "UniformTimestepSampler",
     "make_timestep_sampler",
     "timestep_sampler_by_name",
+    "timestep_statistics",
 ]
