@@ -62,7 +62,6 @@ def run_make(args: argparse.Namespace) -> int:
 def run_record(args: argparse.Namespace) -> int:
     """``dataset record``."""
     from minari.storage import get_dataset_path
-    from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
     from sb3_diffrl.offline import record_dataset
@@ -73,7 +72,7 @@ def run_record(args: argparse.Namespace) -> int:
         model = run.load(run.model_path(args.best, args.checkpoint), env, args.device, args.seed, args.trust)
         if unwrap_vec_normalize(env) is not None:
             model.set_env(env)
-        inner = env.get_attr("env", 0)[0] if isinstance(env.unwrapped.envs[0], Monitor) else env.unwrapped.envs[0]  # type: ignore[attr-defined]
+        inner = env.get_attr("env")[0]  # inside Monitor
         dataset = record_dataset(
             model,
             inner,

@@ -253,7 +253,7 @@ def _check_kind(args: argparse.Namespace) -> None:
     from sb3_diffrl.offline import OfflineAlgorithm
 
     offline = issubclass(ALGOS[args.algo], OfflineAlgorithm)
-    in_config = args.config is not None or args.entry is not None if hasattr(args, "entry") else args.config is not None
+    in_config = args.config is not None or getattr(args, "entry", None) is not None
     if offline and args.dataset is None and "dataset" not in (args.params or {}) and not in_config:
         raise ValueError(f"{args.algo} learns from a dataset: name it, --dataset. 'sb3-diffrl dataset list' shows those on disk.")
     if not offline and args.dataset is not None:
