@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("what", choices=["kill", "fuzz", "long"])
     parser.add_argument("--trials", type=int, default=12, help="processes killed of each kind")
     parser.add_argument(
-        "--count", type=int, default=6000, help="inputs of the fuzzing: datasets, configurations, and a fifth as many models"
+        "--count", type=int, default=5000, help="inputs of the fuzzing: datasets, configurations, and a fifth as many models"
     )
     parser.add_argument("--updates", type=int, default=1_000_000)
     parser.add_argument("--predictions", type=int, default=100_000)
@@ -271,8 +271,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.what}.csv"
     path.unlink(missing_ok=True)
-    arguments = {name: str(value) for name, value in vars(args).items() if name != "out"}
-    path.with_suffix(".json").write_text(json.dumps(metadata(arguments, shlex.join(["python", *sys.argv])), indent=1) + "\n")
+    used = {"kill": ["trials"], "fuzz": ["count"], "long": ["updates", "predictions"]}[args.what]
+    arguments = {name: getattr(args, name) for name in used}
+    command = ["python", "benchmarks/faults.py", args.what, *(f"--{name}={value}" for name, value in arguments.items())]
+    path.with_suffix(".json").write_text(json.dumps(metadata(arguments, shlex.join(command)), indent=1) + "\n")
     if args.what == "kill":
         kill(args.trials, path)
     elif args.what == "fuzz":

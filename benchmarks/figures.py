@@ -208,12 +208,14 @@ def faults_table() -> str:
         unit = "steps of the dataset" if kind == "recording" else "steps"
         ok = sum(row["ok"] == "True" for row in trials)
         lines.append(f"| {kind} | {len(trials)} | {', '.join(map(str, loaded))} ({unit}) | {ok} |")
-    lines += ["", "| fuzzed | inputs | read | refused | other errors | crashes | ran or wrote |", "|---|---|---|---|---|---|---|"]
-    for row in rows.get("fuzz", []):
-        lines.append("| " + " | ".join(row.values()) + " |")
-    lines += ["", "| long run | done | CPU seconds | memory, MiB | open files |", "|---|---|---|---|---|"]
-    for row in rows.get("long", []):
-        lines.append("| " + " | ".join(row.values()) + " |")
+    headers = {
+        "fuzz": ["fuzzed", "inputs", "read", "refused", "other errors", "crashes", "ran or wrote"],
+        "long": ["long run", "done", "CPU seconds", "memory, MiB", "open files"],
+    }
+    for source, header in headers.items():
+        if source in rows:
+            body = ["| " + " | ".join(row.values()) + " |" for row in rows[source]]
+            lines += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|", *body]
     return "\n".join([*lines, "", "`python benchmarks/faults.py kill`, `fuzz`, `long`."]) + "\n"
 
 

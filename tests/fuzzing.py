@@ -167,4 +167,4 @@ def _read_batch(
     os._exit(0)
 
 
-TARGETS: dict[str, Callable[[int], dict[str, int]]] = {"models": models, "datasets": datasets, "configurations": configurations}
+TARGETS: dict[str, Callable[[int], dict[str, int]]] = {"configurations": configurations, "datasets": datasets, "models": models}
