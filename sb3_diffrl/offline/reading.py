@@ -70,7 +70,9 @@ def _open(dataset_id: str) -> minari.MinariDataset:
             f"Dataset {dataset_id!r} is not on disk (looked in {path}). Get it with `{make} {dataset_id}`.{hint}"
         )
     try:
-        return minari.MinariDataset(path / "data")
+        dataset = minari.MinariDataset(path / "data")
+        _ = dataset.total_steps, dataset.total_episodes  # read from the metadata, whatever those hold
+        return dataset
     except ImportError:
         raise
     except Exception as error:
