@@ -60,7 +60,7 @@ def test_offline_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_planning_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gymnasium_robotics")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    command = [sys.executable, str(ROOT / "examples" / "planning.py"), "--steps", "20", "--data-steps", "500", "--env-steps", "5"]
+    command = [sys.executable, str(ROOT / "examples" / "maze.py"), "--steps", "20", "--data-steps", "500", "--env-steps", "5"]
     for _ in range(2):  # repeatable
         printed = run(command, tmp_path)
     assert re.search(r"pg +reward \d+ in 5 steps", printed)

@@ -321,7 +321,12 @@ def test_predict_works_in_inference_mode(activation_fn: type[th.nn.Module]) -> N
 def test_spread_is_the_samples_standard_deviation() -> None:
     model = make(NCLQL, box_env())
     obs = th.randn(4, 5)
-    model.policy.sample_actions = lambda obs, generator: th.linspace(-1, 1, 2).repeat(len(obs) // 2)[:, None] * obs[:, :1].sign()  # type: ignore[method-assign,assignment,misc]
+    width = model.critic.action_dim
+    model.policy.sample_actions = (
+        lambda obs, generator: (  # type: ignore[method-assign,assignment,misc]
+            th.linspace(-1, 1, 2).repeat(len(obs) // 2)[:, None] * obs[:, :1].sign()
+        ).expand(-1, width)
+    )
     assert model.action_spread(obs, n_samples=8) == pytest.approx(np.std([-1, 1] * 4, ddof=1))
 
 
