@@ -203,3 +203,14 @@ def test_fuzzed_inputs_are_read_or_refused(target: str, monkeypatch: pytest.Monk
     assert counts["inputs"] == counts["read"] + counts["refused"] == 60
     assert counts["refused"] > 5
     assert counts["ran_or_wrote"] == 0
+
+
+@pytest.mark.parametrize("value", [[], {}, "x"])
+@pytest.mark.parametrize("name", ["total_steps", "total_episodes", "dataset_id"])
+def test_metadata_of_other_types_are_damage(name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset_id = hostile_dataset(None, tmp_path, monkeypatch)
+    path = next((tmp_path / "minari").rglob("metadata.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    if (name, value) != ("dataset_id", "x"):
+        with pytest.raises(ValueError, match="damaged"):
+            OfflineDataset.load(dataset_id)
