@@ -4,6 +4,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from sb3_diffrl.offline.environments import check_env_spec
 from sb3_diffrl.offline.reading import open_datasets
 
 
@@ -41,6 +42,10 @@ def make_dataset_env(dataset_id: str, render_mode: str | None = None) -> gym.Env
     """
     dataset = open_datasets(dataset_id)[0]
     try:
+        # What a file names is made only if it is an environment that is registered here.
+        for spec in (dataset.env_spec, dataset._eval_env_spec):
+            if spec is not None:
+                check_env_spec(spec)
         env: gym.Env[Any, Any] = dataset.recover_environment(eval_env=True, render_mode=render_mode)
     except Exception as error:
         raise ValueError(
