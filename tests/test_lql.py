@@ -322,11 +322,11 @@ def test_spread_is_the_samples_standard_deviation() -> None:
     model = make(NCLQL, box_env())
     obs = th.randn(4, 5)
     width = model.critic.action_dim
-    model.policy.sample_actions = (
-        lambda obs, generator: (  # type: ignore[method-assign,assignment,misc]
-            th.linspace(-1, 1, 2).repeat(len(obs) // 2)[:, None] * obs[:, :1].sign()
-        ).expand(-1, width)
-    )
+
+    def alternate(obs: th.Tensor, generator: th.Generator) -> th.Tensor:
+        return (th.linspace(-1, 1, 2).repeat(len(obs) // 2)[:, None] * obs[:, :1].sign()).expand(-1, width)
+
+    model.policy.sample_actions = alternate  # type: ignore[method-assign,assignment]
     assert model.action_spread(obs, n_samples=8) == pytest.approx(np.std([-1, 1] * 4, ddof=1))
 
 
