@@ -8,6 +8,7 @@ hardware.
 
 import argparse
 import csv
+import gc
 import hashlib
 import json
 import os
@@ -215,30 +216,63 @@ def fuzz(count: int, out: Path) -> None:
 # ---------------------------------------------------------------------- long runs
 
 
-def long(updates: int, predictions: int, out: Path) -> None:
-    """Memory, time and open files along a million updates and many predictions."""
+def long(updates: int, offline_updates: int, predictions: int, out: Path) -> None:
+    """Memory, time and open files along very many updates and predictions."""
     from tests.envs import box_env
+    from tests.test_saving import tiny_dataset
 
-    kwargs: dict[str, Any] = {"policy_kwargs": {"net_arch": [4], "n_critics": 1}, "n_levels": 2, "n_langevin_steps": 1}
-    model = NCLQL("MlpPolicy", box_env(2, 1), learning_starts=50, batch_size=2, buffer_size=1000, seed=0, device="cpu", **kwargs)
-    model.learn(60)
-    start, obs = time.process_time(), np.zeros(2, np.float32)
-    for part in range(10):
-        model.train(updates // 10, batch_size=2)
-        write_row(out, {"what": "updates", "done": (part + 1) * updates // 10, **usage(start)})
-    start = time.process_time()
-    for part in range(10):
-        for _ in range(predictions // 10):
-            model.predict(obs)
-        write_row(out, {"what": "predictions", "done": (part + 1) * predictions // 10, **usage(start)})
+    offline: dict[str, Any] = {"policy_kwargs": {"net_arch": [4]}, "num_inference_steps": 1, "seed": 0, "device": "cpu"}
+    online: dict[str, Any] = {"policy_kwargs": {"net_arch": [4], "n_critics": 1}, "n_levels": 1, "n_langevin_steps": 1}
+    online |= {"learning_starts": 50, "batch_size": 2, "buffer_size": 1000, "seed": 0, "device": "cpu"}
+
+    def make_offline() -> Any:
+        return DiffusionBC("MlpPolicy", dataset=tiny_dataset(), batch_size=2, **offline)
+
+    def make_online() -> Any:
+        return NCLQL("MlpPolicy", box_env(3, 2), **online).learn(60)
+
+    def update(model: Any, count: int) -> None:
+        if isinstance(model, DiffusionBC):
+            model.learn(count, reset_num_timesteps=False)
+        else:
+            for _ in range(count // 100):
+                model.train(100, batch_size=2)
+
+    def predict(model: Any, count: int) -> None:
+        for _ in range(count):
+            model.predict(np.zeros(3, np.float32))
+
+    warnings.simplefilter("ignore")  # there is no environment to evaluate in
+    along("DiffusionBC", "updates", make_offline, update, offline_updates, out)
+    along("DiffusionBC", "predictions", make_offline, predict, predictions, out)
+    along("NCLQL", "predictions", make_online, predict, predictions, out)
+    along("NCLQL", "updates", make_online, update, updates, out)
 
 
-def usage(start: float) -> dict[str, float]:
-    """Seconds of CPU since the start, resident memory, open files."""
+def along(agent: str, what: str, make: Callable[[], Any], act: Callable[[Any, int], None], count: int, out: Path) -> None:
+    """Act very often with one model, and at each of twenty halts for a moment with a new one: it tells a slow-down from a busy
+    machine.
+    """
+    parts, few = 20, 500
+    model = make()
+    for part in range(parts):
+        milliseconds = []
+        for used, times in ((model, count // parts), (make(), few)):
+            start = time.process_time()
+            act(used, times)
+            milliseconds.append(round(1000 * (time.process_time() - start) / times, 3))
+        del used
+        gc.collect()
+        row = {"agent": agent, "what": what, "done": (part + 1) * (count // parts), "ms_each": milliseconds[0]}
+        write_row(out, {**row, "ms_each_of_a_new_model": milliseconds[1], **usage(), "objects": len(gc.get_objects())})
+
+
+def usage() -> dict[str, float]:
+    """Resident memory and open files."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     files = len(list(Path("/proc/self/fd").iterdir()))
-    return {"cpu_s": round(time.process_time() - start, 2), "memory_mib": round(memory, 1), "open_files": files}
+    return {"memory_mib": round(memory, 1), "open_files": files}
 
 
 # ---------------------------------------------------------------------- results
@@ -263,6 +297,7 @@ def main() -> None:
         "--count", type=int, default=5000, help="inputs of the fuzzing: datasets, configurations, and a fifth as many models"
     )
     parser.add_argument("--updates", type=int, default=1_000_000)
+    parser.add_argument("--offline_updates", type=int, default=50_000, help="of the offline agent, which is slower")
     parser.add_argument("--predictions", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -271,7 +306,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.what}.csv"
     path.unlink(missing_ok=True)
-    used = {"kill": ["trials"], "fuzz": ["count"], "long": ["updates", "predictions"]}[args.what]
+    used = {"kill": ["trials"], "fuzz": ["count"], "long": ["updates", "offline_updates", "predictions"]}[args.what]
     arguments = {name: getattr(args, name) for name in used}
     command = ["python", "benchmarks/faults.py", args.what, *(f"--{name}={value}" for name, value in arguments.items())]
     path.with_suffix(".json").write_text(json.dumps(metadata(arguments, shlex.join(command)), indent=1) + "\n")
@@ -280,7 +315,7 @@ def main() -> None:
     elif args.what == "fuzz":
         fuzz(args.count, path)
     else:
-        long(args.updates, args.predictions, path)
+        long(args.updates, args.offline_updates, args.predictions, path)
 
 
 if __name__ == "__main__":

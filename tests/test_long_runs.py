@@ -32,7 +32,7 @@ def test_updates_and_predictions_leave_nothing_behind() -> None:
         for _ in range(n):
             model.predict(obs)
         gc.collect()
-        used = faults.usage(0.0)
+        used = faults.usage()
         return used["memory_mib"], used["open_files"], len(gc.get_objects())
 
     some(300)
@@ -51,7 +51,7 @@ def test_saving_and_loading_leave_no_file_open(tmp_path: Path) -> None:
             model.save(tmp_path / "model")
             model.save_replay_buffer(tmp_path / "buffer")
             NCLQL.load(tmp_path / "model", device="cpu").load_replay_buffer(tmp_path / "buffer")
-        return float(faults.usage(0.0)["open_files"])
+        return float(faults.usage()["open_files"])
 
     assert some(1) == some(5)
 
