@@ -296,3 +296,49 @@ def test_compiled_chains_see_weights_that_change_and_do_not_depend_on_the_batch(
     assert not th.allclose(after, before, rtol=1e-2)
     model.use_native = False
     th.testing.assert_close(after, model.sample(start, None, 4), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(library.load() is None, reason="no C compiler")
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh, nn.SiLU, nn.Mish])
+@pytest.mark.parametrize(
+    ("x_dim", "cond_dim", "net_arch", "batch", "clip"),
+    [(2, 8, (128, 128), 1, 1.0), (6, 34, (256, 256, 256), 5, None), (1, 0, (7,), 300, 0.5), (23, 3, (40, 90), 97, 1.0)],
+)
+def test_compiled_chains_of_a_perceptron_are_those_of_torch(
+    activation_fn: type[nn.Module], x_dim: int, cond_dim: int, net_arch: tuple[int, ...], batch: int, clip: float | None
+) -> None:
+    th.manual_seed(0)
+    network = MlpDenoiser(x_dim, cond_dim, net_arch, activation_fn)
+    model = DiffusionModel(network, DiffusionProcess(make_schedule("squaredcos_cap_v2", 50), clip_sample=clip))
+    model.update_ema()
+    assert native.supports(model.denoiser_ema.module)
+    start, cond = th.randn(batch, x_dim), th.randn(batch, cond_dim) if cond_dim else None
+    compiled = model.sample(start, cond, 10)
+    if cond is None:
+        assert th.equal(model.sample(start[-1:], None, 10), compiled[-1:]), "a row depends on its batch"
+    else:
+        assert th.equal(model.sample(start.flip(0), cond.flip(0), 10).flip(0), compiled), "a row depends on its place"
+    model.use_native = False
+    plain = model.sample(start, cond, 10)
+    exact = model.double().sample(start.double(), None if cond is None else cond.double(), 10)
+    error, torchs_error = (float((sample - exact).abs().max()) for sample in (compiled, plain))
+    assert error < 5 * torchs_error + 1e-5
+
+
+@pytest.mark.skipif(library.load() is None, reason="no C compiler")
+def test_compiled_chains_of_a_perceptron_see_weights_that_change() -> None:
+    network = MlpDenoiser(3, 2, (32, 32))
+    model = DiffusionModel(network, DiffusionProcess(make_schedule("squaredcos_cap_v2", 50), clip_sample=1.0))
+    model.update_ema()
+    start, cond = th.randn(20, 3), th.randn(20, 2)
+    before = model.sample(start, cond, 4)
+    model.denoiser_ema.module.load_state_dict({k: 1.3 * v for k, v in network.state_dict().items()})
+    after = model.sample(start, cond, 4)
+    assert not th.allclose(after, before, rtol=1e-2)
+    model.use_native = False
+    th.testing.assert_close(after, model.sample(start, cond, 4), rtol=1e-3, atol=1e-3)
+
+
+def test_perceptrons_that_the_compiled_code_does_not_know_run_in_torch() -> None:
+    assert not native.supports(MlpDenoiser(3, 2, (32, 32), nn.ELU))
+    assert not native.supports(MlpDenoiser(3, 2, (32, 32)).double())

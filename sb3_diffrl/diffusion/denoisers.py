@@ -77,10 +77,8 @@ class MlpDenoiser(nn.Module):
         """
         first, *others = (*self.net, self.output)
         assert isinstance(first, nn.Linear)
-        widths = [first.in_features - self.time_dim - self.cond_dim, self.time_dim, self.cond_dim]
-        x_weight, time_weight, cond_weight = th.split(first.weight, widths, dim=1)
-        base = first.bias if cond is None else nn.functional.linear(cond, cond_weight, first.bias)
-        time_terms = nn.functional.linear(self.time_embedding(times), time_weight)
+        base, time_terms = self.first_layer(times, cond)
+        x_weight = first.weight[:, : self.output.out_features]
 
         def at(time_term: th.Tensor) -> Callable[[th.Tensor], th.Tensor]:
             def denoise(x_t: th.Tensor) -> th.Tensor:
@@ -92,6 +90,21 @@ class MlpDenoiser(nn.Module):
             return denoise
 
         return [at(time_term) for time_term in time_terms.unbind()]
+
+    def first_layer(self, times: th.Tensor, cond: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+        """What condition and time add to the first layer.
+
+        :param times: network times in (0, 1], ``(n,)``
+        :param cond: condition, ``(batch, cond_dim)``, ``None`` if ``cond_dim`` is 0
+        :return: the condition's part with the bias, ``(batch, width)`` (``(width,)`` without a condition), and the times',
+            ``(n, width)``
+        """
+        first = self.net[0]
+        assert isinstance(first, nn.Linear)
+        widths = [first.in_features - self.time_dim - self.cond_dim, self.time_dim, self.cond_dim]
+        _, time_weight, cond_weight = th.split(first.weight, widths, dim=1)
+        base = first.bias if cond is None else nn.functional.linear(cond, cond_weight, first.bias)
+        return base, nn.functional.linear(self.time_embedding(times), time_weight)
 
 
 class DiT1d(nn.Module):

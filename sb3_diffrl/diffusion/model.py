@@ -28,7 +28,7 @@ class DiffusionModel(nn.Module):
         self.process = process
         self.denoiser_ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # type: ignore[no-untyped-call]
         self.denoiser_ema.requires_grad_(False)
-        #: Run DDIM chains of a ``DiT1d`` in compiled C where that can be done; set it to ``False`` for torch alone
+        #: Run DDIM chains in compiled C where that can be done; set it to ``False`` for torch alone
         self.use_native = True
 
     def _denoise(self, network: Callable[..., th.Tensor], *cond: th.Tensor | None) -> Denoise:
@@ -100,15 +100,15 @@ class DiffusionModel(nn.Module):
     def _can_compile(
         self, start: th.Tensor, cond: th.Tensor | None, solver: Solver, fixed: Fixed | None, guidance: Guidance | None
     ) -> bool:
+        if not self.use_native or solver != "ddim" or guidance is not None or (th.is_grad_enabled() and start.requires_grad):
+            return False
         network = self.denoiser_ema.module
+        if isinstance(network, MlpDenoiser):
+            return fixed is None and start.ndim == 2 and native.supports(network)
         return (
-            self.use_native
-            and isinstance(network, DiT1d)
-            and solver == "ddim"
-            and guidance is None
+            isinstance(network, DiT1d)
             and (cond is None or len(cond) == 1)
             and (fixed is None or fixed.mask.ndim <= start.ndim - 1)
-            and not (th.is_grad_enabled() and start.requires_grad)
             and native.supports(network.transformer)
         )
 
@@ -116,13 +116,16 @@ class DiffusionModel(nn.Module):
         self, start: th.Tensor, cond: th.Tensor | None, num_inference_steps: int, fixed: Fixed | None
     ) -> th.Tensor:
         network, schedule = self.denoiser_ema.module, self.process.schedule
-        assert isinstance(network, DiT1d)
-        vectors = network.vectors_at(schedule.network_time(schedule.inference_timesteps(num_inference_steps)), cond)
+        times = schedule.network_time(schedule.inference_timesteps(num_inference_steps))
         steps = self.process.step_coefficients(num_inference_steps, "ddim")
         coefficients = [(step.x0_x, step.x0_output, step.next_x, step.next_x0) for step in steps]
+        if isinstance(network, MlpDenoiser):
+            return native.ddim_perceptron(network, times, cond, coefficients, start, self.process.clip_sample)
+        assert isinstance(network, DiT1d)
         start = start if fixed is None else th.where(fixed.mask, fixed.values, start)
         mask = None if fixed is None else fixed.mask
-        return native.ddim(network.transformer, vectors, coefficients, start, mask, self.process.clip_sample)
+        vectors = network.vectors_at(times, cond)
+        return native.ddim_transformer(network.transformer, vectors, coefficients, start, mask, self.process.clip_sample)
 
     def update_ema(self) -> None:
         """Let the moving average follow, after an optimiser step. The first call copies the weights."""

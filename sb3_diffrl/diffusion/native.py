@@ -1,19 +1,25 @@
-"""DDIM chains of a ``DiT1d`` in compiled C on a CPU: a block of trajectories goes through all its steps in the cache."""
+"""DDIM chains in compiled C on a CPU: a block of samples goes through all its steps in the cache."""
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch as th
 from torch import nn
 
+from sb3_diffrl.diffusion.denoisers import MlpDenoiser
 from sb3_diffrl.diffusion.transformer import Block, Transformer1d
-from sb3_diffrl.native.library import load, longs, pointer_array, pointers, work_memory
+from sb3_diffrl.native.library import ints, load, long_array, longs, pointer_array, pointers, work_memory
 
-# Widths must be whole vectors of the C code, on any processor.
+# Widths of a transformer must be whole vectors of the C code, on any processor.
 LANES = 16
+ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 0, nn.Tanh: 1, nn.SiLU: 2, nn.Mish: 3}
+# Rows below which a second thread costs more than it brings
+MIN_ROWS_PER_THREAD = 8
+#: Of each step of a chain: ``x0 = c0 x + c1 output``, ``next x = c2 x + c3 x0``.
+Coefficients = Sequence[tuple[float, float, float, float]]
 
 
 class _Transformer(ctypes.Structure):
@@ -25,24 +31,39 @@ class _Transformer(ctypes.Structure):
     )
 
 
+class _Perceptron(ctypes.Structure):
+    # struct perceptron of perceptron.c
+    _fields_ = (
+        *longs("x_dim", "n_hidden", "n_steps", "batch"),
+        *ints("activation"),
+        ("clip", ctypes.c_float),
+        *pointers("widths", "packed", "base", "time_terms", "coefficients", "x"),
+    )
+
+
 class _Packed(NamedTuple):
     versions: list[tuple[int, int]]
     floats: th.Tensor
 
 
-_packed: WeakKeyDictionary[Transformer1d, _Packed] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 
-def supports(network: Transformer1d) -> bool:
-    """Whether the compiled code can run this network: float32 on a CPU, of a width that fills vector registers."""
-    weight = network.output.weight
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == th.float32
-        and network.output.out_features == network.embedding.in_features
-        and weight.shape[1] % LANES == 0
-        and load() is not None
-    )
+def _float32_on_cpu(weight: th.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == th.float32 and load() is not None
+
+
+def supports(network: nn.Module) -> bool:
+    """Whether the compiled code can run this network: float32 on a CPU, a transformer of a width that fills vector registers, or a
+    perceptron with activations of ``ACTIVATIONS``.
+    """
+    if isinstance(network, Transformer1d):
+        weight = network.output.weight
+        is_square = network.output.out_features == network.embedding.in_features
+        return is_square and weight.shape[1] % LANES == 0 and _float32_on_cpu(weight)
+    if isinstance(network, MlpDenoiser):
+        return type(list(network.net)[1]) in ACTIVATIONS and _float32_on_cpu(network.output.weight)
+    return False
 
 
 def _linears(network: Transformer1d) -> list[nn.Linear]:
@@ -56,42 +77,84 @@ def _linears(network: Transformer1d) -> list[nn.Linear]:
     return [*layers, network.output]
 
 
-def _pack(network: Transformer1d, struct: _Transformer) -> th.Tensor:
+def _pack(
+    network: nn.Module,
+    struct: ctypes.Structure,
+    kind: str,
+    layers: Sequence[nn.Linear],
+    part_of: Callable[[int, th.Tensor], th.Tensor] = lambda _, weight: weight,
+) -> th.Tensor:
+    """Weights as the C code wants them, made anew when they have changed.
+
+    :param kind: of network, as the C functions' names begin
+    :param part_of: the part of a layer's weight that the C code takes
+    """
     library = load()
     assert library is not None, "no compiled library: see `load()`"
-    layers = _linears(network)
     # Every change of a tensor in place counts its version up.
     versions = [(tensor.data_ptr(), tensor._version) for layer in layers for tensor in (layer.weight, layer.bias)]
     known = _packed.get(network)
     if known is not None and known.versions == versions:
         return known.floats
-    weights, biases = ([tensor.detach().contiguous() for tensor in tensors] for tensors in zip(*map(_of, layers), strict=True))
-    floats = th.empty(library.transformer_packed_floats(ctypes.byref(struct)))
-    library.transformer_pack(ctypes.byref(struct), pointer_array(weights), pointer_array(biases), floats.data_ptr())
+    weights = [part_of(i, layer.weight.detach()).contiguous() for i, layer in enumerate(layers)]
+    biases = [layer.bias.detach().contiguous() for layer in layers]
+    floats = th.empty(getattr(library, f"{kind}_packed_floats")(ctypes.byref(struct)))
+    getattr(library, f"{kind}_pack")(ctypes.byref(struct), pointer_array(weights), pointer_array(biases), floats.data_ptr())
     _packed[network] = _Packed(versions, floats)
     return floats
 
 
-def _of(layer: nn.Linear) -> tuple[th.Tensor, th.Tensor]:
-    return layer.weight, layer.bias
+def ddim_perceptron(
+    network: MlpDenoiser, times: th.Tensor, cond: th.Tensor | None, coefficients: Coefficients, start: th.Tensor, clip: float | None
+) -> th.Tensor:
+    """Denoise vectors by DDIM; what a vector becomes depends on its own start and condition alone.
+
+    :param network: a perceptron for which ``supports()`` holds
+    :param times: network times of the steps, ``(n_steps,)``
+    :param cond: condition, ``(batch, cond_dim)``, ``None`` if ``cond_dim`` is 0
+    :param coefficients: of each step
+    :param start: ``(batch, x_dim)``
+    :param clip: x0 is held in [-clip, clip]
+    :return: float32, of the shape of ``start``
+    """
+    library = load()
+    assert library is not None, "no compiled library: see `load()`"
+    x = start.detach().float().clone(memory_format=th.contiguous_format)
+    batch, x_dim = x.shape
+    hidden = list(network.net)
+    first, *others = (*(layer for layer in hidden if isinstance(layer, nn.Linear)), network.output)
+    with th.no_grad():
+        base, time_terms = network.first_layer(times, cond)
+    # The struct points into all of these
+    kept = (base.expand(batch, -1).contiguous(), time_terms.contiguous(), th.tensor(coefficients))
+    widths = long_array([layer.in_features for layer in others])
+    activation = ACTIVATIONS[type(hidden[1])]
+    struct = _Perceptron(x_dim, len(others), len(coefficients), batch, activation, clip or math.inf, ctypes.addressof(widths))
+    packed = _pack(network, struct, "perceptron", (first, *others), lambda i, weight: weight if i else weight[:, :x_dim])
+    struct.packed, struct.x = packed.data_ptr(), x.data_ptr()
+    struct.base, struct.time_terms, struct.coefficients = (tensor.data_ptr() for tensor in kept)
+    n_threads = max(1, min(th.get_num_threads(), batch // MIN_ROWS_PER_THREAD))
+    memory = work_memory(library.perceptron_memory_floats(ctypes.byref(struct), n_threads))
+    library.perceptron_run(ctypes.byref(struct), memory.data_ptr(), n_threads)
+    return x
 
 
-def ddim(
+def ddim_transformer(
     network: Transformer1d,
     vectors: th.Tensor,
-    coefficients: Sequence[tuple[float, float, float, float]],
+    coefficients: Coefficients,
     start: th.Tensor,
     fixed_mask: th.Tensor | None,
-    clip_sample: float | None,
+    clip: float | None,
 ) -> th.Tensor:
-    """Denoise by DDIM; what a trajectory becomes depends on its own start alone.
+    """Denoise trajectories by DDIM; what a trajectory becomes depends on its own start alone.
 
     :param network: a transformer for which ``supports()`` holds
     :param vectors: what sets the network at each step, ``(n_steps, n_vectors, d_model)``, see ``Transformer1d.modulated()``
-    :param coefficients: of each step: ``x0 = c0 x + c1 output``, ``next x = c2 x + c3 x0``
+    :param coefficients: of each step
     :param start: ``(batch, length, in_dim)``, clean where ``fixed_mask`` is true
     :param fixed_mask: boolean, ``(length, in_dim)``, true where ``start`` is held
-    :param clip_sample: x0 is held in [-clip_sample, clip_sample]
+    :param clip: x0 is held in [-clip, clip]
     :return: float32, of the shape of ``start``
     """
     library = load()
@@ -103,8 +166,8 @@ def ddim(
     kept = (vectors.detach().float().contiguous(), th.tensor(coefficients), network.positions.contiguous(), is_fixed, plans)
     vectors_, coefficients_, positions, *_ = kept
     d_model, depth = network.output.in_features, len(network.blocks)
-    struct = _Transformer(in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, clip_sample or math.inf)
-    packed = _pack(network, struct)
+    struct = _Transformer(in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, clip or math.inf)
+    packed = _pack(network, struct, "transformer", _linears(network))
     struct.packed, struct.positions, struct.vectors = packed.data_ptr(), positions.data_ptr(), vectors_.data_ptr()
     struct.coefficients, struct.is_fixed, struct.plans = coefficients_.data_ptr(), is_fixed.data_ptr(), plans.data_ptr()
     n_threads = max(1, min(th.get_num_threads(), batch))

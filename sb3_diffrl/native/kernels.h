@@ -193,6 +193,13 @@ static inline void pad(const float *rows, long n_rows, long n, float *to) {
 
 static inline long whole_tiles(long rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
 
+/* One step of DDIM on one number: x0 = c0 x + c1 output, within the bounds, then c2 x + c3 x0. */
+INLINE float ddim_step(float x, float output, const float *c, float bound) {
+    float x0 = c[0] * x + c[1] * output;
+    x0 = x0 > bound ? bound : x0 < -bound ? -bound : x0;
+    return c[2] * x + c[3] * x0;
+}
+
 static inline float *take(float **memory, long n) {
     float *here = *memory;
     *memory += n;

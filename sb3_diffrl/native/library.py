@@ -21,7 +21,7 @@ from typing import Any
 
 import torch as th
 
-SOURCES = [Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c", "transformer.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c")]
 HEADER = Path(__file__).with_name("kernels.h")
 # No fast-math: NaN must stay NaN. Products and sums may be fused.
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
@@ -96,14 +96,19 @@ def load() -> ctypes.CDLL | None:
     except (OSError, RuntimeError) as error:
         logger.info("No compiled code, torch computes instead: %s", error)
         return None
-    for floats in (library.mlp_saved_floats, library.mlp_memory_floats, library.transformer_packed_floats):
-        floats.argtypes, floats.restype = [ctypes.c_void_p], ctypes.c_long
-    for floats in (library.langevin_memory_floats, library.transformer_memory_floats):
-        floats.argtypes, floats.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_long
-    for function in (library.langevin_run, library.mlp_forward, library.mlp_backward, library.transformer_run):
-        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None
-    library.transformer_pack.argtypes, library.transformer_pack.restype = [ctypes.c_void_p] * 4, None
+    for name in ("mlp_saved_floats", "mlp_memory_floats", "transformer_packed_floats", "perceptron_packed_floats"):
+        _declare(getattr(library, name), [ctypes.c_void_p], ctypes.c_long)
+    for name in ("langevin_memory_floats", "transformer_memory_floats", "perceptron_memory_floats"):
+        _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_long], ctypes.c_long)
+    for name in ("langevin_run", "mlp_forward", "mlp_backward", "transformer_run", "perceptron_run"):
+        _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None)
+    for name in ("transformer_pack", "perceptron_pack"):
+        _declare(getattr(library, name), [ctypes.c_void_p] * 4, None)
     return library
+
+
+def _declare(function: Any, argtypes: list[Any], restype: Any) -> None:
+    function.argtypes, function.restype = argtypes, restype
 
 
 def work_memory(n_floats: int) -> th.Tensor:

@@ -173,9 +173,8 @@ static void run_block(const struct transformer *t, float *plans, long n_plans, c
         for (long r = 0; r < rows; r++)
             for (long j = 0; j < n; j++) {
                 if (t->is_fixed[r % t->length * n + j]) continue;
-                float *x = plans + r * n + j, x0 = c[0] * *x + c[1] * s->result[r * ld + j];
-                x0 = x0 > t->clip ? t->clip : x0 < -t->clip ? -t->clip : x0;
-                *x = c[2] * *x + c[3] * x0;
+                float *x = plans + r * n + j;
+                *x = ddim_step(*x, s->result[r * ld + j], c, t->clip);
             }
     }
 }

@@ -42,6 +42,11 @@ class OfflinePolicy(SafePolicySaving):
         self.action_dim = int(np.prod(action_space.shape))
         self.normalizer = Normalizer(self.obs_dim)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """See ``BasePolicy``. Nothing is done if the mode is the present one: a walk over all modules takes as long as a plan."""
+        if self.training != mode:
+            self.train(mode)
+
     def make_optimizer(self, parameters: Any) -> th.optim.Optimizer:
         """The optimiser of ``optimizer_class`` for some parameters."""
         fused = {"fused": True} if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) else {}
