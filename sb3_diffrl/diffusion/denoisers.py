@@ -77,12 +77,12 @@ class MlpDenoiser(nn.Module):
         """
         first, *others = (*self.net, self.output)
         assert isinstance(first, nn.Linear)
-        base, time_terms = self.first_layer(times, cond)
+        condition_terms, time_terms = self.condition_terms(cond), self.time_terms(times)
         x_weight = first.weight[:, : self.output.out_features]
 
         def at(time_term: th.Tensor) -> Callable[[th.Tensor], th.Tensor]:
             def denoise(x_t: th.Tensor) -> th.Tensor:
-                hidden = th.addmm(base + time_term, x_t, x_weight.T)
+                hidden = th.addmm(condition_terms + time_term, x_t, x_weight.T)
                 for layer in others:
                     hidden = layer(hidden)
                 return hidden
@@ -91,20 +91,26 @@ class MlpDenoiser(nn.Module):
 
         return [at(time_term) for time_term in time_terms.unbind()]
 
-    def first_layer(self, times: th.Tensor, cond: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
-        """What condition and time add to the first layer.
+    def condition_terms(self, cond: th.Tensor | None) -> th.Tensor:
+        """What the condition adds to the first layer, with its bias.
 
-        :param times: network times in (0, 1], ``(n,)``
         :param cond: condition, ``(batch, cond_dim)``, ``None`` if ``cond_dim`` is 0
-        :return: the condition's part with the bias, ``(batch, width)`` (``(width,)`` without a condition), and the times',
-            ``(n, width)``
+        :return: ``(batch, width)``, ``(width,)`` without a condition
         """
-        first = self.net[0]
+        first = self._first()
+        # The last columns; time comes before, the vector first
+        weight = first.weight[:, first.in_features - self.cond_dim :]
+        return first.bias if cond is None else nn.functional.linear(cond, weight, first.bias)
+
+    def time_terms(self, times: th.Tensor) -> th.Tensor:
+        """What the times add to the first layer, ``(n,)`` network times ``-> (n, width)``."""
+        x_dim = self.output.out_features
+        return nn.functional.linear(self.time_embedding(times), self._first().weight[:, x_dim : x_dim + self.time_dim])
+
+    def _first(self) -> nn.Linear:
+        first = next(iter((*self.net, self.output)))
         assert isinstance(first, nn.Linear)
-        widths = [first.in_features - self.time_dim - self.cond_dim, self.time_dim, self.cond_dim]
-        _, time_weight, cond_weight = th.split(first.weight, widths, dim=1)
-        base = first.bias if cond is None else nn.functional.linear(cond, cond_weight, first.bias)
-        return base, nn.functional.linear(self.time_embedding(times), time_weight)
+        return first
 
 
 class DiT1d(nn.Module):

@@ -115,17 +115,30 @@ class DiffusionModel(nn.Module):
     def _sample_compiled(
         self, start: th.Tensor, cond: th.Tensor | None, num_inference_steps: int, fixed: Fixed | None
     ) -> th.Tensor:
-        network, schedule = self.denoiser_ema.module, self.process.schedule
-        times = schedule.network_time(schedule.inference_timesteps(num_inference_steps))
+        network, clip = self.denoiser_ema.module, self.process.clip_sample
         steps = self.process.step_coefficients(num_inference_steps, "ddim")
         coefficients = [(step.x0_x, step.x0_output, step.next_x, step.next_x0) for step in steps]
         if isinstance(network, MlpDenoiser):
-            return native.ddim_perceptron(network, times, cond, coefficients, start, self.process.clip_sample)
+            terms = self._of_times(network, num_inference_steps, network.time_terms)
+            return native.ddim_perceptron(network, terms, cond, coefficients, start, clip)
         assert isinstance(network, DiT1d)
         start = start if fixed is None else th.where(fixed.mask, fixed.values, start)
         mask = None if fixed is None else fixed.mask
-        vectors = network.vectors_at(times, cond)
-        return native.ddim_transformer(network.transformer, vectors, coefficients, start, mask, self.process.clip_sample)
+        vectors = self._of_times(network, num_inference_steps, network.vectors_at, cond)
+        return native.ddim_transformer(network.transformer, vectors, coefficients, start, mask, clip)
+
+    def _of_times(
+        self, network: nn.Module, num_inference_steps: int, make: Callable[..., th.Tensor], *cond: th.Tensor | None
+    ) -> th.Tensor:
+        """What depends on the times of a chain, and on a condition if there is one; without one it is kept for the next chain."""
+        schedule = self.process.schedule
+
+        def at_times() -> th.Tensor:
+            return make(schedule.network_time(schedule.inference_timesteps(num_inference_steps)), *cond)
+
+        if any(c is not None for c in cond):
+            return at_times()
+        return native.remember(network, num_inference_steps, network.parameters(), at_times)
 
     def update_ema(self) -> None:
         """Let the moving average follow, after an optimiser step. The first call copies the weights."""

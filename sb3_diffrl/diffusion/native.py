@@ -2,7 +2,7 @@
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -41,12 +41,28 @@ class _Perceptron(ctypes.Structure):
     )
 
 
-class _Packed(NamedTuple):
+class _Remembered(NamedTuple):
     versions: list[tuple[int, int]]
-    floats: th.Tensor
+    value: th.Tensor
 
 
-_packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+_remembered: WeakKeyDictionary[nn.Module, dict[Hashable, _Remembered]] = WeakKeyDictionary()
+
+
+def remember(network: nn.Module, key: Hashable, sources: Iterable[th.Tensor], make: Callable[[], th.Tensor]) -> th.Tensor:
+    """What ``make()`` gives, made anew when a tensor that it comes from has changed.
+
+    :param network: whose it is
+    :param key: what it is
+    :param sources: weights of the network
+    """
+    # Every change of a tensor in place counts its version up.
+    versions = [(tensor.data_ptr(), tensor._version) for tensor in sources]
+    of_network = _remembered.setdefault(network, {})
+    known = of_network.get(key)
+    if known is None or known.versions != versions:
+        known = of_network[key] = _Remembered(versions, make())
+    return known.value
 
 
 def _float32_on_cpu(weight: th.Tensor) -> bool:
@@ -89,28 +105,31 @@ def _pack(
     :param kind: of network, as the C functions' names begin
     :param part_of: the part of a layer's weight that the C code takes
     """
-    library = load()
-    assert library is not None, "no compiled library: see `load()`"
-    # Every change of a tensor in place counts its version up.
-    versions = [(tensor.data_ptr(), tensor._version) for layer in layers for tensor in (layer.weight, layer.bias)]
-    known = _packed.get(network)
-    if known is not None and known.versions == versions:
-        return known.floats
-    weights = [part_of(i, layer.weight.detach()).contiguous() for i, layer in enumerate(layers)]
-    biases = [layer.bias.detach().contiguous() for layer in layers]
-    floats = th.empty(getattr(library, f"{kind}_packed_floats")(ctypes.byref(struct)))
-    getattr(library, f"{kind}_pack")(ctypes.byref(struct), pointer_array(weights), pointer_array(biases), floats.data_ptr())
-    _packed[network] = _Packed(versions, floats)
-    return floats
+
+    def pack() -> th.Tensor:
+        library = load()
+        assert library is not None, "no compiled library: see `load()`"
+        weights = [part_of(i, layer.weight.detach()).contiguous() for i, layer in enumerate(layers)]
+        biases = [layer.bias.detach().contiguous() for layer in layers]
+        floats = th.empty(getattr(library, f"{kind}_packed_floats")(ctypes.byref(struct)))
+        getattr(library, f"{kind}_pack")(ctypes.byref(struct), pointer_array(weights), pointer_array(biases), floats.data_ptr())
+        return floats
+
+    return remember(network, "packed", [tensor for layer in layers for tensor in (layer.weight, layer.bias)], pack)
 
 
 def ddim_perceptron(
-    network: MlpDenoiser, times: th.Tensor, cond: th.Tensor | None, coefficients: Coefficients, start: th.Tensor, clip: float | None
+    network: MlpDenoiser,
+    time_terms: th.Tensor,
+    cond: th.Tensor | None,
+    coefficients: Coefficients,
+    start: th.Tensor,
+    clip: float | None,
 ) -> th.Tensor:
     """Denoise vectors by DDIM; what a vector becomes depends on its own start and condition alone.
 
     :param network: a perceptron for which ``supports()`` holds
-    :param times: network times of the steps, ``(n_steps,)``
+    :param time_terms: of the steps, ``(n_steps, width)``, see ``MlpDenoiser.time_terms()``
     :param cond: condition, ``(batch, cond_dim)``, ``None`` if ``cond_dim`` is 0
     :param coefficients: of each step
     :param start: ``(batch, x_dim)``
@@ -124,9 +143,9 @@ def ddim_perceptron(
     hidden = list(network.net)
     first, *others = (*(layer for layer in hidden if isinstance(layer, nn.Linear)), network.output)
     with th.no_grad():
-        base, time_terms = network.first_layer(times, cond)
+        base = network.condition_terms(cond)
     # The struct points into all of these
-    kept = (base.expand(batch, -1).contiguous(), time_terms.contiguous(), th.tensor(coefficients))
+    kept = (base.expand(batch, -1).contiguous(), time_terms.detach().contiguous(), th.tensor(coefficients))
     widths = long_array([layer.in_features for layer in others])
     activation = ACTIVATIONS[type(hidden[1])]
     struct = _Perceptron(x_dim, len(others), len(coefficients), batch, activation, clip or math.inf, ctypes.addressof(widths))
