@@ -243,17 +243,17 @@ def long(updates: int, offline_updates: int, predictions: int, out: Path) -> Non
             model.predict(np.zeros(3, np.float32))
 
     warnings.simplefilter("ignore")  # there is no environment to evaluate in
+    along("NCLQL", "predictions", make_online, predict, predictions, out)
     along("DiffusionBC", "updates", make_offline, update, offline_updates, out)
     along("DiffusionBC", "predictions", make_offline, predict, predictions, out)
-    along("NCLQL", "predictions", make_online, predict, predictions, out)
     along("NCLQL", "updates", make_online, update, updates, out)
 
 
 def along(agent: str, what: str, make: Callable[[], Any], act: Callable[[Any, int], None], count: int, out: Path) -> None:
-    """Act very often with one model, and at each of twenty halts for a moment with a new one: it tells a slow-down from a busy
+    """Act very often with one model, and at each of fifty halts for a moment with a new one: it tells a slow-down from a busy
     machine.
     """
-    parts, few = 20, 500
+    parts, few = 50, 100
     model = make()
     for part in range(parts):
         milliseconds = []
@@ -297,7 +297,7 @@ def main() -> None:
         "--count", type=int, default=5000, help="inputs of the fuzzing: datasets, configurations, and a fifth as many models"
     )
     parser.add_argument("--updates", type=int, default=1_000_000)
-    parser.add_argument("--offline_updates", type=int, default=50_000, help="of the offline agent, which is slower")
+    parser.add_argument("--offline_updates", type=int, default=20_000, help="of the offline agent, which is slower")
     parser.add_argument("--predictions", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
