@@ -21,7 +21,6 @@ PLANNER = ["--params", "batch_size:16", "policy_kwargs:dict(d_model=16, head_dim
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an environment in it that has the wheel."""
-    pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("home")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)

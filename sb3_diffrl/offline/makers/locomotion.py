@@ -35,7 +35,9 @@ SMALL_SAC: dict[str, Any] = {
 
 PLANS: dict[Name, TrainingPlan] = {
     "halfcheetah": TrainingPlan("HalfCheetah-v5", "SAC", SMALL_SAC, medium_return=3000, expert_return=6000, max_steps=300_000),
-    "hopper": TrainingPlan("Hopper-v5", "SAC", SMALL_SAC, medium_return=1000, expert_return=3000, max_steps=500_000),
+    "hopper": TrainingPlan(
+        "Hopper-v5", "SAC", {"learning_starts": 5_000}, medium_return=1000, expert_return=3000, max_steps=500_000
+    ),
     "walker2d": TrainingPlan("Walker2d-v5", "SAC", SMALL_SAC, medium_return=1000, expert_return=3000, max_steps=500_000),
 }
 
