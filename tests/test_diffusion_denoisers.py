@@ -21,7 +21,7 @@ from sb3_diffrl.diffusion import (
     make_schedule,
     native,
 )
-from sb3_diffrl.diffusion.transformer import BLOCK_VECTORS, Block
+from sb3_diffrl.diffusion.transformer import BLOCK_VECTORS, SHORT, Block, attention
 from sb3_diffrl.native import library
 
 
@@ -52,6 +52,12 @@ def test_a_transformer_starts_with_every_block_the_identity() -> None:
     for i, block in enumerate(model.blocks):
         assert th.equal(block(hidden, vectors[BLOCK_VECTORS * i : BLOCK_VECTORS * (i + 1)]), hidden)
     assert not model(x, condition).any()
+
+
+@pytest.mark.parametrize("length", [1, 7, SHORT, SHORT + 1])
+def test_attention_of_any_length_is_torchs(length: int) -> None:
+    query, key, value = th.randn(3, 2, 5, 8), th.randn(3, 2, length, 8), th.randn(3, 2, length, 8)
+    th.testing.assert_close(attention(query, key, value), nn.functional.scaled_dot_product_attention(query, key, value))
 
 
 def test_a_block_is_its_formula() -> None:
