@@ -181,4 +181,5 @@ def attention(query: th.Tensor, key: th.Tensor, value: th.Tensor) -> th.Tensor:
     if query.device.type != "cpu" or key.shape[2] > SHORT:
         return nn.functional.scaled_dot_product_attention(query, key, value)
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
-    return scores.softmax(-1) @ value
+    attended: th.Tensor = scores.softmax(-1) @ value
+    return attended
