@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import growth_figures
 import matplotlib.pyplot as plt
 import numpy as np
 import timestep_figures
@@ -253,6 +254,7 @@ def main() -> None:
             (TABLES / f"{name}.md").write_text(table())
     (TABLES / "references.md").write_text(references_table())
     timestep_figures.main()
+    growth_figures.draw(RESULTS, TABLES, FIGURES)
 
 
 if __name__ == "__main__":
