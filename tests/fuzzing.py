@@ -3,28 +3,31 @@
 import io
 import json
 import os
+import resource
 import shutil
+import signal
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from gymnasium import spaces
 
 from sb3_diffrl import NCLQL, OfflineDataset
 from sb3_diffrl.configs import UnsafeConfigError, load_yaml, packaged_hyperparams, resolve
-from sb3_diffrl.offline.writing import DatasetWriter
 from sb3_diffrl.saving import ModelFileError
 
 from .envs import box_env
+from .hostile_datasets import ARROW, HARMLESS, HDF5, good_dataset
 from .mutations import MUTATIONS, flip_bits, truncate
 
 # Inputs that one process reads: a crash of a library's C code ends one process, and is counted.
 BATCH = 50
+# An input may take so many seconds, and a batch so many bytes beyond what the process has.
+SECONDS, BYTES = 60, 3 * 2**30
 
 
 def models(count: int) -> dict[str, int]:
@@ -40,30 +43,49 @@ def models(count: int) -> dict[str, int]:
     return run(read, count, (ModelFileError,))
 
 
-def datasets(count: int) -> dict[str, int]:
+def mutated_datasets(data_format: str) -> Callable[[int], dict[str, int]]:
     """Minari's folders, with bits flipped or bytes cut off in the data or the metadata, or another value in the metadata."""
-    with tempfile.TemporaryDirectory() as name:
-        os.environ["MINARI_DATASETS_PATH"] = name
-        with DatasetWriter("fuzz/good-v0", spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (1,))) as writer:
-            for _ in range(2):
-                writer.add_episode(np.zeros((4, 2)), np.zeros((3, 1)), np.zeros(3), np.zeros(3, bool), np.arange(3) == 2)
-            writer.publish()
-        files = {path.name: path.read_bytes() for path in (Path(name) / "fuzz/good-v0/data").iterdir()}
+
+    def target(count: int) -> dict[str, int]:
+        with tempfile.TemporaryDirectory() as name:
+            data = good_dataset(Path(name), data_format)
+            files = {str(path.relative_to(data)): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+
+        def read(rng: np.random.Generator, folder: Path) -> None:
+            chosen = list(files)[rng.integers(len(files))]
+            for file, content in files.items():
+                path = folder / "fuzz/good-v0/data" / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(mutate(content, rng) if file == chosen else content)
+            load(folder)
+
+        return run(read, count, (ValueError,))
+
+    return target
+
+
+def crafted_datasets(count: int) -> dict[str, int]:
+    """Minari's folders as an attacker would make them, see ``hostile_datasets``."""
 
     def read(rng: np.random.Generator, folder: Path) -> None:
-        os.environ["MINARI_DATASETS_PATH"] = str(folder)
-        data = folder / "fuzz/bad-v0/data"
-        data.mkdir(parents=True, exist_ok=True)
-        chosen = list(files)[rng.integers(len(files))]
-        for file, content in files.items():
-            changed = content if file != chosen else mutate(content, rng)
-            (data / file).write_bytes(changed)
-        try:
-            OfflineDataset.load("fuzz/bad-v0")
-        finally:
-            shutil.rmtree(folder / "fuzz")
+        data_format = "hdf5" if rng.integers(4) else "arrow"
+        tampers = HDF5 if data_format == "hdf5" else ARROW
+        name = list(tampers)[rng.integers(len(tampers))]
+        # The secret lies beside the root.
+        tampers[name](good_dataset(folder / "fuzz/root", data_format), rng)
+        load(folder / "fuzz/root")
+        assert name in HARMLESS, f"{name} was read"
 
     return run(read, count, (ValueError,))
+
+
+def load(root: Path) -> None:
+    """Load the dataset; what was made is deleted."""
+    os.environ["MINARI_DATASETS_PATH"] = str(root)
+    try:
+        OfflineDataset.load("fuzz/good-v0")
+    finally:
+        shutil.rmtree("fuzz")
 
 
 def mutate(content: bytes, rng: np.random.Generator) -> bytes:
@@ -124,7 +146,8 @@ def configurations(count: int) -> dict[str, int]:
 def run(read: Callable[[np.random.Generator, Path], Any], count: int, documented: tuple[type[Exception], ...]) -> dict[str, int]:
     """Read inputs, a batch in a process.
 
-    :return: how many were read, refused, raised something else, ended the process, ran or wrote something
+    :return: how many were read, refused, raised something else (running out of memory, too), ended the process (by a crash or for
+        the time they took), ran or wrote something
     """
     totals: Counter[str] = Counter()
     for batch in range(0, count, BATCH):
@@ -152,19 +175,40 @@ def _read_batch(
     os.environ["SB3_DIFFRL_MARK"] = str(folder / "mark")
     warnings.simplefilter("ignore")
     counts: Counter[str] = Counter()
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
     for seed in seeds:
         counts["inputs"] += 1
+        signal.alarm(SECONDS)  # ends the process
         try:
             read(np.random.default_rng(seed), folder)
             counts["read"] += 1
-        except documented:
-            counts["refused"] += 1
+        except documented as error:
+            out_of_memory = any(isinstance(cause, MemoryError) for cause in causes(error))
+            counts["other_errors" if out_of_memory else "refused"] += 1
+            if out_of_memory:
+                print(f"seed {seed}: {str(error)[:300]}", flush=True)
         except BaseException as error:
             counts["other_errors"] += 1
             print(f"seed {seed}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    signal.alarm(0)
     counts["ran_or_wrote"] = len({path.name for path in folder.iterdir()} - {"model.zip", "config.yml", "fuzz"})
     result.write_text(json.dumps(counts))
     os._exit(0)
 
 
-TARGETS: dict[str, Callable[[int], dict[str, int]]] = {"configurations": configurations, "datasets": datasets, "models": models}
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+TARGETS: dict[str, Callable[[int], dict[str, int]]] = {
+    "configurations": configurations,
+    "datasets, crafted": crafted_datasets,
+    "datasets, hdf5": mutated_datasets("hdf5"),
+    "datasets, arrow": mutated_datasets("arrow"),
+    "datasets, parquet": mutated_datasets("parquet"),
+    "models": models,
+}

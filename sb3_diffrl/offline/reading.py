@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,11 +12,9 @@ import numpy as np
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_diffrl.offline.episodes import check_episode
+from sb3_diffrl.offline.inspecting import check_episodes, check_metadata, memory_limit, size_on_disk
 from sb3_diffrl.offline.spaces import check_same_spaces
 from sb3_diffrl.offline.writing import check_id
-
-# A dataset's arrays in memory, at most: so many bytes, and so many times the bytes on disk
-LEAST_BYTES, LARGEST_RATIO = 2**28, 500
 
 DatasetSource: TypeAlias = str | minari.MinariDataset
 
@@ -51,8 +50,8 @@ def check_size(sources: Sequence[minari.MinariDataset], n_bytes: int) -> None:
     :param n_bytes: what they will take
     :raises ValueError: if they are
     """
-    on_disk = sum(path.stat().st_size for source in sources for path in Path(source.storage.data_path).rglob("*"))
-    if not 0 <= n_bytes <= LEAST_BYTES + LARGEST_RATIO * on_disk:
+    on_disk = sum(size_on_disk(Path(source.storage.data_path)) for source in sources)
+    if not 0 <= n_bytes <= memory_limit(on_disk):
         raise ValueError(
             f"Dataset {sources[0].id!r} would take {n_bytes / 2**30:.3g} GiB of memory, and has {on_disk / 2**30:.3g} GiB on disk: "
             "it is damaged, or has discrete observations with too many values to be one-hot vectors."
@@ -70,6 +69,7 @@ def _open(dataset_id: str) -> minari.MinariDataset:
             f"Dataset {dataset_id!r} is not on disk (looked in {path}). Get it with `{make} {dataset_id}`.{hint}"
         )
     try:
+        check_metadata(path / "data")
         dataset = minari.MinariDataset(path / "data")
         _ = dataset.total_steps, dataset.total_episodes  # read from the metadata, whatever those hold
         return dataset
@@ -97,14 +97,20 @@ def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[mina
 
     :param source: dataset
     :param first: position of the first episode to read
-    :raises ValueError: if the data cannot be read, or an episode does not hold together or holds a NaN or infinite number; the
-        message names dataset, episode and step
+    :raises ValueError: if the data cannot be read or lead to other files, or an episode does not hold together or holds a NaN or
+        infinite number; the message names dataset, episode and step
     """
+    with closing(check_episodes(source, source.episode_indices[first:])) as checks:
+        yield from _read_checked(source, first, checks)
+
+
+def _read_checked(source: minari.MinariDataset, first: int, checks: Iterator[None]) -> Iterator[minari.EpisodeData]:
     n_steps = 0
     indices = source.episode_indices[first:]
     episodes = _lazily(source, indices)
     for index in indices:
         try:
+            next(checks)
             episode = next(episodes)
         except Exception as error:
             reason = "it ends early" if isinstance(error, StopIteration) else error
