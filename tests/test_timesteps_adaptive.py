@@ -170,19 +170,22 @@ def test_density_depends_on_the_data() -> None:
     assert float(t[:, kind == 1].mean()) > 65
 
 
+@pytest.mark.parametrize("powers", [(0.5, 0.5), (0.0, 1.0), (0.25, 0.75)])
 @pytest.mark.parametrize("schedule", ["linear", "vp"])
-def test_without_a_reward_the_density_is_the_root_of_the_swept_terms(schedule: Any) -> None:
+def test_without_a_reward_the_density_is_the_swept_one(schedule: Any, powers: tuple[float, float]) -> None:
     """The step changes nothing. A Beta that is fitted by its likelihood has the mean logarithms of what it is fitted to."""
-    sampler = AdaptiveTimestepSampler(learning_rate=3e-2, update_frequency=1, sweep_size=50)
+    sampler = AdaptiveTimestepSampler(learning_rate=3e-2, update_frequency=1, sweep_size=50, sweep_powers=powers)
     th.manual_seed(0)
     sampler.setup(process(schedule), (3,))
     fraction = (th.arange(50) + 0.5) / 50
-    times, root = sampler.process.schedule.timesteps_at(fraction), fraction**-0.4 * (1 - fraction) ** 0.8
+    times, density = sampler.process.schedule.timesteps_at(fraction), fraction**-0.4 * (1 - fraction) ** 0.8
+    weight, offset = sampler.process.schedule.bound_coefficients(times)
+    error = (density / weight ** powers[0]) ** (1 / powers[1])
+    planted = (weight * error + offset) / th.tensor(2.0).log()
     generator = rng()
 
     def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
-        offset = sampler.process.schedule.bound_coefficients(t).offset / th.tensor(2.0).log()
-        terms: th.Tensor = root[th.searchsorted(times, t).clamp(max=49)].square() + offset
+        terms: th.Tensor = planted[th.searchsorted(times, t).clamp(max=49)]
         return terms
 
     for _ in range(100):
@@ -192,8 +195,29 @@ def test_without_a_reward_the_density_is_the_root_of_the_swept_terms(schedule: A
             pass
     a, b = sampler.info()["alpha"], sampler.info()["beta"]
     for concentration, log in ((a, fraction.log()), (b, (1 - fraction).log())):
-        expected = (root * log).sum() / root.sum()
+        expected = (density * log).sum() / density.sum()
         th.testing.assert_close(th.digamma(concentration) - th.digamma(a + b), expected, rtol=0.05, atol=0)
+
+
+def test_an_untrained_model_keeps_the_density_uniform_if_errors_alone_count() -> None:
+    """All errors are 1: the root of the bound's terms falls with the time, the root of the errors does not."""
+    means, x0 = {}, th.randn(64, 3, generator=rng())
+    for powers in ((0.5, 0.5), (0.0, 0.5)):
+        sampler = AdaptiveTimestepSampler(learning_rate=3e-2, update_frequency=1, sweep_powers=powers)
+        th.manual_seed(0)
+        sampler.setup(process(), (3,))
+        generator = rng()
+
+        def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor, sampler: AdaptiveTimestepSampler = sampler) -> th.Tensor:
+            return sampler.process.bound_terms(lambda x_t, t: noise + 1, x0[rows], t, noise)
+
+        for _ in range(60):
+            sampler.sample(x0, generator)
+            with sampler.around_step(x0, th.ones(64), bound_terms, generator):
+                pass
+        means[powers] = float(sampler.info()["alpha"] / (sampler.info()["alpha"] + sampler.info()["beta"]))
+    assert means[0.0, 0.5] == pytest.approx(0.5, abs=0.01)
+    assert means[0.5, 0.5] < 0.48
 
 
 # ------------------------------------------------------------------ bounds and guards
@@ -270,6 +294,31 @@ def test_nothing_is_measured_when_it_is_not_the_samplers_turn() -> None:
     assert training.largest_call == 100 + 3 * 16
 
 
+def test_rewards_of_a_few_rows_cost_less() -> None:
+    training = Training(AdaptiveTimestepSampler(update_frequency=1, sweep_size=20, reward_batch_size=4))
+    training.steps(1)
+    assert training.largest_call == 20 + 3 * 4
+
+
+def test_a_reward_goes_to_the_row_that_earned_it() -> None:
+    """The rewarded rows are a random few: each one's reward has to meet its own draw."""
+    sampler = AdaptiveTimestepSampler(3e-3, update_frequency=1, reward_batch_size=16, entropy="bonus", ent_coef=0.1)
+    th.manual_seed(0)
+    sampler.setup(process(), (1,))
+    generator = rng()
+    x0 = th.randn(128, 1, generator=generator)
+    for _ in range(100):
+        t, _weight = sampler.sample(x0, generator)
+        error = th.ones(128)
+
+        def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor, error: th.Tensor = error) -> th.Tensor:
+            return error[rows]
+
+        with sampler.around_step(x0, error, bound_terms, generator):
+            error[t >= 50] = 0.5
+    assert float((sampler.sample(x0.repeat(20, 1), rng(1)).t >= 50).float().mean()) > 0.7
+
+
 def test_chunks_bound_the_rows_of_a_call_and_change_nothing() -> None:
     whole = Training(AdaptiveTimestepSampler(update_frequency=2))
     chunked = Training(AdaptiveTimestepSampler(update_frequency=2, chunk_size=30))
@@ -289,6 +338,8 @@ def test_chunks_bound_the_rows_of_a_call_and_change_nothing() -> None:
         ({"n_selected": 0}, "n_selected"),
         ({"sweep_size": 0}, "sweep_size"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"reward_batch_size": 0}, "reward_batch_size"),
+        ({"sweep_powers": (-0.5, 0.5)}, "sweep_powers"),
         ({"baseline": "mean"}, "baseline"),
         ({"entropy": "none"}, "entropy"),
         ({"ent_coef": -1.0}, "ent_coef"),

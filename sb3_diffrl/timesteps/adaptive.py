@@ -90,10 +90,11 @@ class AdaptiveTimestepSampler(TimestepSampler):
     * the terms before and after a step are measured with the same noise, so that their difference shows the step alone;
     * the reward is divided by its running standard deviation, and compared with its running mean;
     * the entropy, which draws the policy towards the uniform density, gives way to the likelihood of a density that the sweeps
-      measure: the root of the bound's terms, as in importance sampling of the bound (2102.09672, eq. 18). The reward shifts the
-      policy from there;
+      measure: ``w^p e^q`` of the weight w and the denoising error e, whose product is the bound's term (importance sampling of the
+      bound, 2102.09672, eq. 18, has p = q = 0.5). The reward shifts the policy from there;
     * concentrations are bounded and some draws are uniform, so that no time is ever left out for good;
-    * the sweep goes over ``sweep_size`` times;
+    * the sweep goes over ``sweep_size`` times, and the policy learns from ``reward_batch_size`` rows of the minibatch, which bounds
+      the cost;
     * times are chosen by the sweeps before this one (the terms before the step are measured while the model has not made it), and
       by at least three of them (two are always perfectly correlated). The F-test of one feature orders times as the absolute
       correlation does.
@@ -103,14 +104,16 @@ class AdaptiveTimestepSampler(TimestepSampler):
     :param queue_size: number of sweeps that the selection looks at
     :param n_selected: number of times whose drops make the reward
     :param sweep_size: number of times in a sweep, spread evenly; ``None``: all, in discrete time
+    :param reward_batch_size: number of rows of the minibatch, drawn at random, that are rewarded; ``None``: all
     :param chunk_size: largest number of rows given to ``bound_terms`` at once, ``None`` for no limit; bounds memory
     :param common_noise: the same noise before and after the model's step
     :param baseline: what rewards are compared with: ``"moving_average"``, ``"batch"`` (the minibatch's mean) or ``None``
     :param normalize_reward: divide the reward by its running standard deviation
-    :param entropy: what keeps the policy wide. ``"sweep"``: the likelihood of times drawn in proportion to the root of the swept
-        terms, before the step, less those of a perfect model; ``"bonus"``: the entropy, differentiated; ``"reward"``: the entropy
+    :param entropy: what keeps the policy wide. ``"sweep"``: the likelihood of times drawn from the density that the sweeps
+        before the step measure; ``"bonus"``: the entropy, differentiated; ``"reward"``: the entropy
         as part of the reward, as published
     :param ent_coef: coefficient of the likelihood or of the entropy
+    :param sweep_powers: of ``entropy="sweep"``: powers p of the bound's weight and q of the denoising error
     :param max_grad_norm: largest norm of the policy's gradient
     :param concentration_range: bounds of the Beta's concentrations, ``None`` for none
     :param uniform_floor: share of uniform draws
@@ -132,17 +135,19 @@ class AdaptiveTimestepSampler(TimestepSampler):
         update_frequency: int = 40,
         queue_size: int = 20,
         n_selected: int = 3,
-        sweep_size: int | None = 200,
+        sweep_size: int | None = 100,
+        reward_batch_size: int | None = 32,
         chunk_size: int | None = None,
         common_noise: bool = True,
         baseline: Literal["moving_average", "batch"] | None = "moving_average",
         normalize_reward: bool = True,
         entropy: Literal["sweep", "bonus", "reward"] = "sweep",
         ent_coef: float = 1.0,
+        sweep_powers: tuple[float, float] = (0.5, 0.5),
         max_grad_norm: float = 1.0,
         concentration_range: tuple[float, float] | None = (0.2, 5.0),
         uniform_floor: float = 0.05,
-        net_arch: Sequence[int] = (64, 64),
+        net_arch: Sequence[int] = (32, 32),
         statistics_decay: float = 0.9,
         weighting: WeightingName | LossWeighting | None = None,
     ) -> None:
@@ -159,14 +164,18 @@ class AdaptiveTimestepSampler(TimestepSampler):
             raise ValueError(f"`concentration_range` must be two rising positive numbers or None, got {concentration_range!r}.")
         if ent_coef < 0:
             raise ValueError(f"`ent_coef` must not be negative, got {ent_coef!r}.")
+        if min(sweep_powers) < 0:
+            raise ValueError(f"`sweep_powers` must not be negative, got {sweep_powers!r}.")
         self.learning_rate = check_positive("learning_rate", learning_rate)
         self.update_frequency = check_count("update_frequency", update_frequency)
         self.queue_size = check_count("queue_size", queue_size)
         self.n_selected = check_count("n_selected", n_selected)
         self.sweep_size = None if sweep_size is None else check_count("sweep_size", sweep_size)
+        self.reward_batch_size = None if reward_batch_size is None else check_count("reward_batch_size", reward_batch_size)
         self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
         self.common_noise, self.baseline, self.normalize_reward = common_noise, baseline, normalize_reward
         self.entropy, self.ent_coef = entropy, float(ent_coef)
+        self.sweep_powers = sweep_powers
         self.max_grad_norm = check_positive("max_grad_norm", max_grad_norm)
         self.concentration_range, self.uniform_floor = concentration_range, uniform_floor
         self.net_arch, self.statistics_decay = tuple(net_arch), statistics_decay
@@ -177,6 +186,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         return cls(
             learning_rate=1e-2,
             sweep_size=None,
+            reward_batch_size=None,
             common_noise=False,
             baseline=None,
             normalize_reward=False,
@@ -261,10 +271,10 @@ class AdaptiveTimestepSampler(TimestepSampler):
     ) -> Iterator[None]:
         begin = time.perf_counter()
         device, n_sweep = x0.device, len(self.sweep_timesteps)
-        swept = th.randint(len(x0), (1,), device=device, generator=generator).expand(n_sweep)
-        # (n_sweep + batch * n_selected,) the sweep of one row, then every row at the selected times
-        rows = th.cat([swept, th.arange(len(x0), device=device).repeat_interleave(self.n_selected)])
-        t = th.cat([self.sweep_timesteps, self.sweep_timesteps[self.selected].repeat(len(x0))])
+        rewarded = th.randperm(len(x0), device=device, generator=generator)[: self.reward_batch_size]
+        # (n_sweep + n_rewarded * n_selected,) the sweep of one row, then the rewarded rows at the selected times
+        rows = th.cat([rewarded[:1].expand(n_sweep), rewarded.repeat_interleave(self.n_selected)])
+        t = th.cat([self.sweep_timesteps, self.sweep_timesteps[self.selected].repeat(len(rewarded))])
         noise = th.randn(len(rows), *x0.shape[1:], device=device, generator=generator)
         before = self._terms(bound_terms, rows, t, noise)
         self._seconds += time.perf_counter() - begin
@@ -274,7 +284,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
             noise = th.randn(len(rows), *x0.shape[1:], device=device, generator=generator)
         drop = before - self._terms(bound_terms, rows, t, noise)
         self._observe(before[:n_sweep], drop[:n_sweep])
-        self._learn(x0, fraction, drop[n_sweep:].view(len(x0), self.n_selected).sum(1))
+        self._learn(x0[rewarded], fraction[rewarded], drop[n_sweep:].view(-1, self.n_selected).sum(1))
         self._seconds += time.perf_counter() - begin
 
     @th.no_grad()
@@ -322,8 +332,9 @@ class AdaptiveTimestepSampler(TimestepSampler):
             self._metrics |= {f"selected_{i}": time for i, time in enumerate(selected)}
 
     def _likelihood(self, beta: th.distributions.Beta) -> th.Tensor:
-        """Mean log-likelihood of times drawn in proportion to the root of the swept terms, ``(batch,)``."""
-        p = self.terms.sqrt()
+        """Mean log-likelihood of times drawn from the swept density, ``(batch,)``."""
+        weight = self.process.schedule.bound_coefficients(self.sweep_timesteps).weight
+        p = weight.pow(self.sweep_powers[0]) * (self.terms / weight).pow(self.sweep_powers[1])
         p = p / p.sum().clamp(min=1e-30)
         fraction = (th.arange(len(p), device=p.device) + 0.5) / len(p)
         log_u, log_rest = (p * fraction.log()).sum(), (p * (1 - fraction).log()).sum()
