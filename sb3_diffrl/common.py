@@ -1,8 +1,9 @@
 """What the algorithms share: checks of arguments, spaces and numbers, the way back from the scaled box, a cosine schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -48,13 +49,20 @@ def check_on_nonfinite(value: str) -> None:
         raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {value!r}.")
 
 
-def check_gradient(loss: th.Tensor, parameters: Iterable[th.Tensor], module: th.nn.Module, when: str) -> th.Tensor:
+def check_gradient(
+    loss: th.Tensor,
+    parameters: Iterable[th.Tensor],
+    module: th.nn.Module,
+    when: str,
+    parts: Mapping[str, th.Tensor] = MappingProxyType({}),
+) -> th.Tensor:
     """Check a loss and its gradient before the optimiser sees them.
 
     :param loss: scalar
     :param parameters: which it was differentiated by
     :param module: which has them, and knows their names
     :param when: for the message
+    :param parts: scalars that the loss is made of, by name; those that are not finite are named
     :return: norm of the gradient
     :raises NonFiniteError: if the loss is not finite, or the norm of the gradient, naming the first parameter that has one
     """
@@ -62,15 +70,16 @@ def check_gradient(loss: th.Tensor, parameters: Iterable[th.Tensor], module: th.
     norm = th.nn.utils.get_total_norm(gradients)
     if th.isfinite(loss.detach() + norm):
         return norm
-    what = f"loss is {loss.item()}"
+    named = ", ".join(f"{name} {value.item()}" for name, value in parts.items() if not th.isfinite(value))
+    what = f"loss is {loss.item()}" + (f" ({named})" if named else "")
     if th.isfinite(loss):
         # All may be finite and the sum of their squares infinite.
         first = next((gradient for gradient in gradients if not th.isfinite(gradient).all()), gradients[0])
         name = next((name for name, parameter in module.named_parameters() if parameter.grad is first), "a parameter")
         what = f"gradient is not finite, or too large for single precision (norm {first.norm().item():.3g} in {name})"
     raise NonFiniteError(
-        f"The {what} at {when}; the weights are as before that step. A lower learning rate or smaller rewards usually help; "
-        '`CheckpointCallback` keeps models to go back to; `on_nonfinite="skip"` leaves such steps out.'
+        f"The {what} at {when}; the weights are as before that step, and can be saved. A lower learning rate or smaller rewards "
+        'usually help; `on_nonfinite="skip"` leaves such steps out.'
     )
 
 

@@ -1,11 +1,15 @@
 """NaN and infinite numbers: found in the step they come in, named, never learned from; extreme but finite ones are learned from."""
 
+import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import CheckpointCallback, ConvertCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_diffrl import LQL, NCLQL, DiffusionBC, OfflineDataset
@@ -173,9 +177,9 @@ OFFLINE: dict[str, tuple[type[OfflineAlgorithm], dict[str, Any]]] = {
 }
 
 
-def offline(name: str, data: OfflineDataset) -> Any:
+def offline(name: str, data: OfflineDataset, **more: Any) -> Any:
     cls, kwargs = OFFLINE[name]
-    return cls("MlpPolicy", dataset=data, batch_size=4, device="cpu", seed=0, **kwargs)
+    return cls("MlpPolicy", dataset=data, batch_size=4, device="cpu", seed=0, **kwargs, **more)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -184,12 +188,12 @@ def test_a_gradient_step_that_is_not_finite_is_named_or_skipped(name: str) -> No
     calls = iter(range(1000))
     optimise = model._optimise
 
-    def sometimes(loss: th.Tensor, optimizer: th.optim.Optimizer) -> th.Tensor:
-        norm: th.Tensor = optimise(loss * (np.nan if next(calls) % 5 == 2 else 1.0), optimizer)
+    def sometimes(loss: th.Tensor, *rest: Any) -> th.Tensor:
+        norm: th.Tensor = optimise(loss * (np.nan if next(calls) % 5 == 2 else 1.0), *rest)
         return norm
 
     model._optimise = sometimes
-    with pytest.raises(NonFiniteError, match="loss is nan at gradient step 3"):
+    with pytest.raises(NonFiniteError, match=r"loss is nan at gradient step 3;.*No model was saved before\."):
         model.learn(10)
     assert model.num_timesteps == 2
     model.on_nonfinite = "skip"
@@ -197,6 +201,65 @@ def test_a_gradient_step_that_is_not_finite_is_named_or_skipped(name: str) -> No
     assert model.n_skipped == 4
     assert model.num_timesteps == 20
     assert all_finite(model)
+
+
+def poison_gradients(model: Any) -> None:
+    for parameter in model.policy.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient * np.nan)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_offline_agents_take_the_policy_as_an_argument(name: str, tmp_path: Path) -> None:
+    model = offline(name, dataset(), on_nonfinite="skip")
+    poison_gradients(model)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(7)
+    assert model.n_skipped == model.num_timesteps == 7
+    assert all(th.equal(*pair) for pair in zip(before, model.policy.parameters(), strict=True))
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model", device="cpu")
+    assert loaded.on_nonfinite == "skip"
+    assert loaded.n_skipped == 7
+    with pytest.raises(ValueError, match="`on_nonfinite` must be 'raise' or 'skip'"):
+        offline(name, dataset(), on_nonfinite="ignore")
+
+
+@pytest.mark.parametrize("name", ["NCLQL", *OFFLINE])
+def test_the_error_names_the_last_good_checkpoint(name: str, tmp_path: Path) -> None:
+    model = NCLQL("MlpPolicy", box_env(), **TINY) if name == "NCLQL" else offline(name, dataset())
+    checkpoints = CheckpointCallback(8, str(tmp_path))
+
+    def poison(locals_: dict[str, Any], _: dict[str, Any]) -> bool:
+        if model.num_timesteps == 20:
+            poison_gradients(model)
+        return True
+
+    with pytest.raises(NonFiniteError, match=r"step 2[01];.*The last model that was saved is (.*), of step 16\.") as error:
+        model.learn(40, [checkpoints, ConvertCallback(poison)])
+    found = re.search(r"is ([^ ]*), of step", str(error.value))
+    assert found is not None
+    assert type(model).load(found[1], device="cpu").num_timesteps == 16
+
+
+def test_the_part_of_the_loss_is_named() -> None:
+    model = offline("DiffusionPlanner", dataset())
+    model.data.values[:] = np.nan
+    with pytest.raises(NonFiniteError, match=r"loss is nan \((planner_loss nan, )?critic_loss nan\) at gradient step 1"):
+        model.learn(1)
+    assert all_finite(model)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.int64])
+def test_offline_observations_of_every_type_are_learned_from(name: str, dtype: Any) -> None:
+    bound = 100 if np.issubdtype(dtype, np.integer) else np.inf
+    data = dataclasses.replace(dataset(), observation_space=spaces.Box(-bound, bound, (3,), dtype))
+    model = offline(name, data).learn(3)
+    assert all_finite(model)
+    action, _ = model.predict(np.ones((2, 3), dtype))
+    assert action.dtype == np.float32
+    assert np.isfinite(action).all()
 
 
 @pytest.mark.parametrize("name", OFFLINE)

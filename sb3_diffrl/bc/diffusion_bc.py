@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_diffrl.bc.policies import DiffusionPolicy, MlpPolicy
+from sb3_diffrl.common import OnNonFinite
 from sb3_diffrl.diffusion.process import PredictionType, Solver
 from sb3_diffrl.diffusion.schedules import ScheduleName
 from sb3_diffrl.offline.datasets import OfflineDataset
@@ -70,6 +71,8 @@ class DiffusionBC(OfflineAlgorithm):
     :param timestep_sampler: which times to train on: ``"uniform"``, ``"logit_normal"``, ``"lognormal"``, ``"loss_second_moment"``,
         ``"min_snr"``, ``"p2"``, ``"speed"``, ``"adaptive"``, a rule and a weighting (``"adaptive+min_snr"``), or a
         ``TimestepSampler``
+    :param on_nonfinite: what to do about a NaN or infinite loss or gradient: ``"raise"``, or ``"skip"``: leave out the gradient
+        step and count it in ``n_skipped``
     :param _init_setup_model: build the networks at once
     :raises ValueError: if an argument is outside its range, or the dataset does not fit; the message names it
     """
@@ -97,6 +100,7 @@ class DiffusionBC(OfflineAlgorithm):
         solver: Solver = "ddim",
         ema_decay: float = 0.995,
         timestep_sampler: str | TimestepSampler = "uniform",
+        on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
         self.num_train_timesteps = num_train_timesteps
@@ -118,6 +122,7 @@ class DiffusionBC(OfflineAlgorithm):
             verbose,
             seed,
             device,
+            on_nonfinite,
             _init_setup_model,
         )
 

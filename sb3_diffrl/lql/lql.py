@@ -328,7 +328,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.on_nonfinite == "raise" or self._skipped_in_a_row >= MAX_SKIPPED:
-            raise error
+            raise NonFiniteError(f"{error} {self.last_save}") from error
         self.n_skipped += 1
         self._skipped_in_a_row += 1
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -114,6 +115,14 @@ class OfflineDataset:
     def env_spec(self) -> EnvSpec | None:
         """Specification of the env which the (first) dataset comes from."""
         return self.sources[0].env_spec if self.sources else None
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of all arrays (CRC-32), to know the same data again; it is no protection against forgery."""
+        checksum = 0
+        for array in (self.observations, self.actions, self.rewards, self.terminations, self.truncations, self.episode_starts):
+            checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+        return checksum
 
     @cached_property
     def flatten(self) -> ObservationFlattener:

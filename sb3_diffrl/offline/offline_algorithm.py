@@ -73,6 +73,8 @@ class OfflineAlgorithm(SafeSaving, ABC):
     :param verbose: 0 no output, 1 information, 2 debugging
     :param seed: seed of weights, minibatches and noise
     :param device: where to compute
+    :param on_nonfinite: what to do about a NaN or infinite loss or gradient: ``"raise"``, or ``"skip"``: leave out the gradient
+        step and count it in ``n_skipped``
     :param _init_setup_model: build the networks at once
     :raises FileNotFoundError: if the dataset is not on disk, with the command that makes or downloads it
     :raises ValueError: if the dataset is damaged, or its spaces are not those of ``env`` or not supported
@@ -94,6 +96,7 @@ class OfflineAlgorithm(SafeSaving, ABC):
         verbose: int = 0,
         seed: int | None = None,
         device: th.device | str = "auto",
+        on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
         # The env comes later: SB3 would refuse "MlpPolicy" for goal environments, which are flattened here.
@@ -110,8 +113,7 @@ class OfflineAlgorithm(SafeSaving, ABC):
             supported_action_spaces=(spaces.Box,),
         )
         self.batch_size = batch_size
-        #: What to do about a loss or gradient that is not finite: ``"raise"``, or ``"skip"`` the step
-        self.on_nonfinite: OnNonFinite = "raise"
+        self.on_nonfinite: OnNonFinite = on_nonfinite
         #: Gradient steps that were left out
         self.n_skipped = 0
         self._skipped_in_a_row = 0
@@ -119,6 +121,8 @@ class OfflineAlgorithm(SafeSaving, ABC):
         self._env_seed: int | None = None
         self.dataset_ids: tuple[str, ...] = ()
         self.dataset_steps = 0
+        #: Of the data, see ``OfflineDataset.checksum``; 0 where a file of an older version does not say
+        self.dataset_checksum = 0
         self._dataset: OfflineDataset | None = None
         self._data: Any = None
         self._generator_state: tuple[str, np.ndarray] | None = None
@@ -143,10 +147,16 @@ class OfflineAlgorithm(SafeSaving, ABC):
             if not self.dataset_ids:
                 raise ValueError("This model was trained on data without an id: give them by `set_dataset()`.")
             dataset = OfflineDataset.load(list(self.dataset_ids))
+            ids = ", ".join(self.dataset_ids)
             if dataset.n_steps != self.dataset_steps:
                 raise ValueError(
-                    f"The model was trained on {self.dataset_steps} steps of {', '.join(self.dataset_ids)}, of which "
+                    f"The model was trained on {self.dataset_steps} steps of {ids}, of which "
                     f"{dataset.n_steps} are on disk now. Give the data by `set_dataset()`, filtered as they were if they were."
+                )
+            if self.dataset_checksum not in (0, dataset.checksum):
+                raise ValueError(
+                    f"The data of {ids} on disk are not those that the model was trained on: there are as many steps, but other "
+                    "numbers (their checksum differs). To learn from them nevertheless, give them by `set_dataset()`."
                 )
             self._take_dataset(dataset)
         assert self._dataset is not None
@@ -167,6 +177,7 @@ class OfflineAlgorithm(SafeSaving, ABC):
             check_scalable(dataset.action_space)
             self.observation_space, self.action_space = dataset_spaces
         self._dataset, self.dataset_ids, self.dataset_steps = dataset, dataset.ids, dataset.n_steps
+        self.dataset_checksum = dataset.checksum
         self._data = None
 
     @abstractmethod
@@ -227,6 +238,7 @@ class OfflineAlgorithm(SafeSaving, ABC):
 
     def _setup_model(self) -> None:
         self.batch_size = check_count("batch_size", self.batch_size)
+        check_on_nonfinite(self.on_nonfinite)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         assert isinstance(self.action_space, spaces.Box)
@@ -278,8 +290,8 @@ class OfflineAlgorithm(SafeSaving, ABC):
         :param tb_log_name: name of the run in TensorBoard
         :param reset_num_timesteps: start counting anew, or go on
         :param progress_bar: show one
-        :raises NonFiniteError: if a loss or gradient is not finite; the weights are as before that step. With
-            ``model.on_nonfinite = "skip"``, the step is left out and counted in ``model.n_skipped``; a hundred in a row are raised.
+        :raises NonFiniteError: if a loss or gradient is not finite, naming the step and the last file that the model was saved
+            as; the weights are as before that step. See ``on_nonfinite``; a hundred skipped in a row are raised nevertheless.
         """
         check_on_nonfinite(self.on_nonfinite)
         total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
@@ -321,22 +333,23 @@ class OfflineAlgorithm(SafeSaving, ABC):
     def _optimizers(self) -> list[th.optim.Optimizer]:
         return [self.policy.optimizer]
 
-    def _optimise(self, loss: th.Tensor, optimizer: th.optim.Optimizer) -> th.Tensor:
+    def _optimise(self, loss: th.Tensor, optimizer: th.optim.Optimizer, parts: Metrics | None = None) -> th.Tensor:
         """One step down the loss.
 
+        :param parts: what it is made of, by name, for the message
         :return: norm of the gradient
         :raises NonFiniteError: if the loss or the gradient is not finite; the weights are as they were
         """
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        norm = check_gradient(loss, parameters, self.policy, f"gradient step {self.num_timesteps + 1}")
+        norm = check_gradient(loss, parameters, self.policy, f"gradient step {self.num_timesteps + 1}", parts or {})
         optimizer.step()
         return norm
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.on_nonfinite == "raise" or self._skipped_in_a_row >= MAX_SKIPPED:
-            raise error
+            raise NonFiniteError(f"{error} {self.last_save}") from error
         self.n_skipped += 1
         self._skipped_in_a_row += 1
 

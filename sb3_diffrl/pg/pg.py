@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from sb3_diffrl.common import check_count, check_positive
+from sb3_diffrl.common import OnNonFinite, check_count, check_positive
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics
 from sb3_diffrl.offline.reading import DatasetSource
@@ -59,6 +59,7 @@ class PG(DiffusionPlanner):
         where the values' zero is, by its mean ``"abs"`` (the reference), or by nothing
     :param tau: how fast the targets of the prior, which acts, and of the latent critic follow
     :param prior_inference_steps: denoising steps of a plan while the prior learns
+    :param on_nonfinite: see ``DiffusionPlanner``
     :raises ValueError: if an argument is outside its range, or the planner has other sizes or learnt from another dataset; the
         message names it
     """
@@ -109,6 +110,7 @@ class PG(DiffusionPlanner):
         normalize_value: ValueNormalization = "std",
         tau: float = 0.005,
         prior_inference_steps: int = 5,
+        on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
         self.planner_fraction = planner_fraction
@@ -148,6 +150,7 @@ class PG(DiffusionPlanner):
             ema_decay,
             timestep_sampler,
             clip_sample,
+            on_nonfinite,
             _init_setup_model=False,
         )
         if isinstance(planner, (str, Path)):
@@ -191,6 +194,12 @@ class PG(DiffusionPlanner):
         self.planner_fraction = 0.0
 
     def _check_dataset(self, planner: DiffusionPlanner) -> None:
+        same_numbers = planner.dataset_checksum in (0, self.dataset_checksum)
+        if self.dataset_ids == tuple(planner.dataset_ids) and self.dataset_steps == planner.dataset_steps and not same_numbers:
+            raise ValueError(
+                "The planner learnt from other data of the same name and size: their checksum differs. Train a planner on these, "
+                "or give the data that it learnt from as `dataset`."
+            )
         if (self.dataset_ids, self.dataset_steps) != (tuple(planner.dataset_ids), planner.dataset_steps):
             mine, theirs = (str(model.dataset_ids or "data without an id") for model in (self, planner))
             raise ValueError(
@@ -246,7 +255,7 @@ class PG(DiffusionPlanner):
         (critic_loss, critic_info), (prior_loss, prior_info) = self._latent_critic_loss(states), self._prior_loss(states)
         metrics = {**critic_info, **prior_info}
         # They share no weights, so one optimiser steps down their sum.
-        metrics["prior_grad_norm"] = self._optimise(critic_loss + prior_loss, self.policy.prior_optimizer)
+        metrics["prior_grad_norm"] = self._optimise(critic_loss + prior_loss, self.policy.prior_optimizer, metrics)
         polyak_update(self.policy.prior.parameters(), self.policy.prior_target.parameters(), self.tau)
         polyak_update(self.policy.latent_critic.parameters(), self.policy.latent_critic_target.parameters(), self.tau)
         return metrics

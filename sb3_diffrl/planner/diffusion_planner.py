@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from sb3_diffrl.common import check_count
+from sb3_diffrl.common import OnNonFinite, check_count
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics, OfflineAlgorithm
 from sb3_diffrl.offline.reading import DatasetSource
@@ -85,6 +85,8 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
     :param clip_sample: bound of plans while they are denoised, in standard deviations from the data's mean, ``None`` for none.
         Without one, guidance that is strong finds noise of which the planner makes states far from all data.
+    :param on_nonfinite: what to do about a NaN or infinite loss or gradient: ``"raise"``, or ``"skip"``: leave out the gradient
+        step and count it in ``n_skipped``
     :param _init_setup_model: build the networks at once
     :raises ValueError: if an argument is outside its range, or the dataset does not fit; the message names it
     """
@@ -126,6 +128,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
+        on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
         self.horizon, self.stride, self.discount, self.pad = horizon, stride, discount, pad
@@ -152,6 +155,7 @@ class DiffusionPlanner(OfflineAlgorithm):
             verbose,
             seed,
             device,
+            on_nonfinite,
             _init_setup_model,
         )
 
@@ -265,7 +269,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         with ExitStack() as stack:
             for term in terms:
                 stack.enter_context(term.around_step)
-            metrics["grad_norm"] = self._optimise(th.stack([term.loss for term in terms]).sum(), self.policy.optimizer)
+            metrics["grad_norm"] = self._optimise(th.stack([term.loss for term in terms]).sum(), self.policy.optimizer, metrics)
         for prefix, sampler in (("planner", self.policy.timestep_sampler), ("action", self.policy.action_timestep_sampler)):
             metrics |= {f"{prefix}_{name}": value for name, value in sampler.info().items()}
         self.policy.planner.update_ema()

@@ -36,6 +36,16 @@ class SafeSaving(BaseAlgorithm):
     all that ``load()`` reads besides tensors.
     """
 
+    # Where and at which step this model was last saved as a file
+    _last_save: tuple[str, int] | None = None
+
+    @property
+    def last_save(self) -> str:
+        """Which file there is to go back to, a sentence."""
+        if self._last_save is None:
+            return "No model was saved before."
+        return f"The last model that was saved is {self._last_save[0]}, of step {self._last_save[1]}."
+
     def save(
         self, path: str | Path | io.BufferedIOBase, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
     ) -> None:
@@ -53,6 +63,10 @@ class SafeSaving(BaseAlgorithm):
         content = self._file_content(exclude, include)
         with atomic_file(path, "zip") as file:
             file.write(content)
+        self._last_save = (str(Path(path) if Path(path).suffix else Path(f"{path}.zip")), self.num_timesteps)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_last_save"]
 
     def _file_content(self, exclude: Iterable[str] | None, include: Iterable[str] | None) -> bytes:
         buffer = io.BytesIO()
