@@ -16,6 +16,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_diffrl import LQL, NCLQL, OfflineDataset, record_dataset
+from sb3_diffrl.pg import PG
+from sb3_diffrl.planner import DiffusionPlanner
 
 from .envs import box_env
 
@@ -142,3 +144,24 @@ def test_a_killed_recording_leaves_the_former_dataset(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         dataset = OfflineDataset.load(faults.DATASET)
     assert np.ptp(dataset.actions) > 1  # the random ones of before
+
+
+@pytest.mark.usefixtures("_datasets")
+def test_other_data_of_the_same_name_and_size_are_noticed(tmp_path: Path) -> None:
+    planner = faults.make("DiffusionPlanner").learn(2)
+    planner.save(tmp_path / "planner")
+    assert PG("MlpPolicy", planner=tmp_path / "planner").dataset_checksum == planner.dataset_checksum
+    record_dataset(None, "Pendulum-v1", faults.DATASET, n_steps=400, seed=1, overwrite=True)
+
+    resumed = DiffusionPlanner.load(tmp_path / "planner", device="cpu")
+    with pytest.raises(ValueError, match="not those that the model was trained on: there are as many steps, but other numbers"):
+        resumed.learn(1)
+    with pytest.raises(ValueError, match="not those that the model was trained on"):
+        PG("MlpPolicy", planner=tmp_path / "planner")
+    with pytest.raises(ValueError, match="other data of the same name and size: their checksum differs"):
+        PG("MlpPolicy", dataset=faults.DATASET, planner=tmp_path / "planner")
+    resumed.set_dataset(faults.DATASET)  # the user's own word
+    resumed.learn(1)
+    # A file that does not say what it learned from is taken at its word.
+    old = DiffusionPlanner.load(tmp_path / "planner", device="cpu", custom_objects={"dataset_checksum": 0})
+    assert old.dataset.n_steps == 400
