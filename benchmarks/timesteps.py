@@ -1,7 +1,7 @@
 """Timestep samplers: held-out variational bound against training steps.
 
     python benchmarks/timesteps.py compare                      digits, every sampler, five seeds
-    python benchmarks/timesteps.py long --seeds 0 1 2           uniform and adaptive, three times as many steps
+    python benchmarks/timesteps.py long                         uniform and adaptive, minibatches of 128, three times as many steps
     python benchmarks/timesteps.py robustness --seeds 0 1 2     three schedules, two networks, two data sets; smaller and shorter
     python benchmarks/timesteps.py ablation --seeds 0 1 2       the adaptive sampler with one improvement taken back at a time
     python benchmarks/timesteps.py divergence --seeds ...       short runs
@@ -49,7 +49,8 @@ ABLATIONS: dict[str, dict[str, Any] | None] = {
     "entropy_bonus": {"entropy": "bonus", "ent_coef": 0.1},
     "no_bounds": {"concentration_range": None, "uniform_floor": 0.0},
     "sweep_alone": {"ent_coef": 100.0},
-    "full_sweep": {"sweep_size": None},
+    "root_of_terms": {"sweep_powers": (0.5, 0.5)},
+    "full_sweep": {"sweep_size": None, "reward_batch_size": None},
 }
 SAMPLERS = ("uniform", "logit_normal", "lognormal", "loss_second_moment", "min_snr", "p2", "speed", "adaptive")
 N_TIMES, HELD_OUT, DENSE, SPARSE = 1000, 360, 32, 32
@@ -299,7 +300,8 @@ def main() -> None:
     if args.command == "compare":
         run(folder, Task(), named | args.variants, args.seeds, args.steps or 4000, 250)
     elif args.command == "long":
-        run(folder, Task(), {"uniform": None, "adaptive": None}, args.seeds, args.steps or 12_000, 500)
+        longest = dict.fromkeys(args.samplers or ("uniform", "adaptive"))
+        run(folder, Task(batch=128), longest | args.variants, args.seeds, args.steps or 12_000, 500)
     elif args.command == "robustness":
         for data, arch, schedule in itertools.product(("digits", "maze"), ("mlp", "dit"), SCHEDULES):
             task = Task(data, arch, schedule, batch=32, width=64)

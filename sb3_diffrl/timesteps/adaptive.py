@@ -143,7 +143,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         normalize_reward: bool = True,
         entropy: Literal["sweep", "bonus", "reward"] = "sweep",
         ent_coef: float = 1.0,
-        sweep_powers: tuple[float, float] = (0.5, 0.5),
+        sweep_powers: tuple[float, float] = (0.25, 0.75),
         max_grad_norm: float = 1.0,
         concentration_range: tuple[float, float] | None = (0.2, 5.0),
         uniform_floor: float = 0.05,
