@@ -2,8 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from sb3_diffrl.cli.arguments import Parser, Subparsers
 
@@ -35,9 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     :param arguments: in place of the command line's
-    :return: exit code: 0, 1 after an error, 2 for a wrong command line, 130 if interrupted
+    :return: exit code: 0, 1 after an error, 2 for a wrong command line, 130 after Ctrl-C, 143 after SIGTERM
     """
     args = make_parser().parse_args(arguments)
+    if threading.current_thread() is not threading.main_thread():
+        return _run(args)
+    # Python would end on the spot, and leave behind what is half-written.
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _run(args)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args) or 0)
     except KeyboardInterrupt:
@@ -52,3 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    print("\nTerminated.", file=sys.stderr)
+    raise SystemExit(128 + number)

@@ -92,13 +92,18 @@ def run_train(args: argparse.Namespace) -> int:
     setup = experiment.setup_experiment()
     assert setup is not None
     model = setup[0]
-    experiment.learn(model)
-    experiment.save_trained_model(model)
+    try:
+        experiment.learn(model)
+        experiment.save_trained_model(model)
+    except Exception:
+        print(experiment.rescue(model), file=sys.stderr)
+        print(f"Go on with: sb3-diffrl train --resume {experiment.save_path}", file=sys.stderr)
+        raise
     folder = experiment.save_path
     if experiment.interrupted:
         print(f"Stopped at step {model.num_timesteps} of {experiment.n_timesteps}; saved in {folder}")
         print(f"Go on with: sb3-diffrl train --resume {folder}")
-        return 130
+        return 128 + experiment.interrupted
     print(f"Trained for {model.num_timesteps} steps. Evaluate with: sb3-diffrl evaluate {folder}")
     return 0
 

@@ -4,10 +4,11 @@ import itertools
 import os
 import signal
 import sys
-import threading
+import tempfile
+import warnings
+import zipfile
 from pathlib import Path
 from pprint import pprint
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,42 +16,16 @@ import rl_zoo3
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import EvalCallback, ProgressBarCallback
 from stable_baselines3.common.utils import LinearSchedule, get_system_info
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_diffrl.callbacks import StopOnSignal
 from sb3_diffrl.common import CosineSchedule
 from sb3_diffrl.configs import dump_yaml, load_yaml, nearest, packaged_hyperparams, resolve
 from sb3_diffrl.offline.recording import versions
 from sb3_diffrl.planner.presets import PRESETS
 from sb3_diffrl.zoo.wrappers import as_env_wrapper, joined
-
-
-class StopOnSignal(BaseCallback):
-    """Ends training at the next step when the user presses Ctrl-C or the system says terminate; a second Ctrl-C ends it at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopOnSignal":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping at the next step, to save; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
-
-    def _on_step(self) -> bool:
-        return not self.asked
 
 
 class Experiment(ExperimentManager):
@@ -61,7 +36,8 @@ class Experiment(ExperimentManager):
     may name code of any package). All may be missing.
     """
 
-    interrupted = False
+    #: Number of the signal that stopped training before its end, 0 if none did
+    interrupted = 0
 
     def _argument(self, name: str) -> Any:
         return getattr(self.args, name, None)
@@ -188,10 +164,15 @@ class Experiment(ExperimentManager):
             return  # a run that starts
         for callback in self.callbacks:
             if isinstance(callback, EvalCallback):
-                with np.load(path) as data:
-                    callback.evaluations_timesteps = data["timesteps"].tolist()
-                    callback.evaluations_results = [list(row) for row in data["results"]]
-                    callback.evaluations_length = [list(row) for row in data["ep_lengths"]]
+                try:
+                    with np.load(path) as data:
+                        callback.evaluations_timesteps = data["timesteps"].tolist()
+                        callback.evaluations_results = [list(row) for row in data["results"]]
+                        callback.evaluations_length = [list(row) for row in data["ep_lengths"]]
+                except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                    # Stable-Baselines3 writes it in place: a process that was killed leaves half of it.
+                    warnings.warn(f"{path} is damaged ({error}): the evaluations begin anew.", stacklevel=2)
+                    continue
                 callback.best_mean_reward = float(max(np.mean(row) for row in callback.evaluations_results))
 
     # ------------------------------------------------------------------ training
@@ -212,7 +193,7 @@ class Experiment(ExperimentManager):
         return model
 
     def learn(self, model: BaseAlgorithm) -> None:
-        """Train, as RL Zoo's method of this name. ``interrupted`` tells afterwards whether it was stopped by the user.
+        """Train, as RL Zoo's method of this name. ``interrupted`` tells afterwards whether it was stopped by a signal.
 
         :param model: new, or the one to go on with
         """
@@ -227,19 +208,38 @@ class Experiment(ExperimentManager):
                 if remaining > 0:
                     model.learn(remaining, callback=[*self.callbacks, stop], reset_num_timesteps=not resumed, **log)
         except KeyboardInterrupt:
-            stop.asked = True
+            stop.signal = stop.signal or signal.SIGINT
             for callback in self.callbacks:
                 if isinstance(callback, ProgressBarCallback):
                     callback.on_training_end()
         finally:
             if model.env is not None:
                 model.env.close()
-        self.interrupted = stop.asked and model.num_timesteps < self.n_timesteps
+        self.interrupted = stop.signal if model.num_timesteps < self.n_timesteps else 0
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """Save the model, and what going on needs if it was interrupted."""
-        self.save_replay_buffer = self.save_replay_buffer or self.interrupted
+        self.save_replay_buffer = self.save_replay_buffer or bool(self.interrupted)
         super().save_trained_model(model)
+
+    def rescue(self, model: BaseAlgorithm) -> str:
+        """Save a model whose training an error has ended: in the run's folder, or, where nothing can be written, elsewhere.
+
+        :return: a sentence on where it is
+        """
+        if model.num_timesteps == 0:
+            return "Training had not begun."
+        try:
+            self.save_replay_buffer = True
+            super().save_trained_model(model)
+        except OSError:
+            try:
+                path = Path(tempfile.mkdtemp(prefix="sb3-diffrl-")) / f"{self.env_name}.zip"
+                model.save(path)
+            except OSError as error:
+                return f"The model of step {model.num_timesteps} could not be saved anywhere ({error})."
+            return f"The model of step {model.num_timesteps} is in {path}; move it to {self.save_path} to resume from it."
+        return f"The model of step {model.num_timesteps} is saved in {self.save_path}."
 
 
 def _with_preset(hyperparams: dict[str, Any]) -> dict[str, Any]:
