@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_diffrl.common import OnNonFinite, check_count, check_positive
+from sb3_diffrl.diffusion.process import PredictionType
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics
 from sb3_diffrl.offline.reading import DatasetSource
@@ -28,7 +29,18 @@ KLOf = Literal["latent", "unsquashed"]
 ValueNormalization = Literal["std", "abs", "none"]
 
 # What PG takes over from a trained planner: its networks' sizes, and what they have learnt from.
-TAKEN = ("horizon", "stride", "discount", "pad", "velocity_indices", "terminal_reward", "value_weight", "critic", "train_for")
+TAKEN: tuple[str, ...] = (
+    "horizon",
+    "stride",
+    "discount",
+    "pad",
+    "velocity_indices",
+    "terminal_reward",
+    "value_weight",
+    "critic",
+    "train_for",
+)
+TAKEN += ("prediction_type",)
 # How it samples, which may be changed.
 SAMPLING: tuple[str, ...] = ("n_candidates", "cg_scale", "cfg_scale", "cfg_target", "num_inference_steps", "num_action_steps")
 SAMPLING += ("temperature", "clip_sample")
@@ -101,6 +113,7 @@ class PG(DiffusionPlanner):
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
+        prediction_type: PredictionType = "epsilon",
         planner: DiffusionPlanner | str | Path | None = None,
         planner_fraction: float = 0.5,
         alpha: float = 0.01,
@@ -150,6 +163,7 @@ class PG(DiffusionPlanner):
             ema_decay,
             timestep_sampler,
             clip_sample,
+            prediction_type,
             on_nonfinite,
             _init_setup_model=False,
         )

@@ -10,6 +10,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_diffrl.common import check_count
+from sb3_diffrl.diffusion.process import PredictionType
 from sb3_diffrl.planner.guidance import Guidance, GuidanceName, TrainedGuidance
 from sb3_diffrl.planner.policies import CriticName, HorizonCritic, PlannerPolicy
 from sb3_diffrl.timesteps.samplers import TimestepSampler
@@ -120,6 +121,7 @@ class PGPolicy(PlannerPolicy):
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
+        prediction_type: PredictionType = "epsilon",
         squash: bool = True,
     ) -> None:
         self.prior_width, self.squash = check_count("prior_width", prior_width), squash
@@ -150,6 +152,7 @@ class PGPolicy(PlannerPolicy):
             cfg_target,
             timestep_sampler,
             clip_sample,
+            prediction_type,
         )
         self.prior, self.prior_target = (GaussianPrior(self.obs_dim, self.latent_shape, prior_width) for _ in range(2))
         sizes = (self.obs_dim, horizon, d_model, critic_depth, head_dim)

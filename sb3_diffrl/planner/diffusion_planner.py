@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_diffrl.common import OnNonFinite, check_count
+from sb3_diffrl.diffusion.process import PredictionType
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics, OfflineAlgorithm
 from sb3_diffrl.offline.reading import DatasetSource
@@ -85,6 +86,8 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
     :param clip_sample: bound of plans while they are denoised, in standard deviations from the data's mean, ``None`` for none.
         Without one, guidance that is strong finds noise of which the planner makes states far from all data.
+    :param prediction_type: what the denoiser of plans predicts: ``"epsilon"``, as in the papers, ``"sample"`` or
+        ``"v_prediction"``. From pure noise, an error of ``"epsilon"`` is an error 150 times as large of the plan.
     :param on_nonfinite: what to do about a NaN or infinite loss or gradient: ``"raise"``, or ``"skip"``: leave out the gradient
         step and count it in ``n_skipped``
     :param _init_setup_model: build the networks at once
@@ -128,6 +131,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
+        prediction_type: PredictionType = "epsilon",
         on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
@@ -142,7 +146,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         self.cfg_scale, self.cfg_target, self.cfg_dropout = cfg_scale, cfg_target, cfg_dropout
         self.num_inference_steps, self.num_action_steps = num_inference_steps, num_action_steps
         self.temperature, self.ema_decay = temperature, ema_decay
-        self.timestep_sampler, self.clip_sample = timestep_sampler, clip_sample
+        self.timestep_sampler, self.clip_sample, self.prediction_type = timestep_sampler, clip_sample, prediction_type
         super().__init__(
             policy,
             env,
@@ -187,6 +191,7 @@ class DiffusionPlanner(OfflineAlgorithm):
     def _policy_arguments(self) -> dict[str, Any]:
         names = ["horizon", "critic", "guidance", "train_for", "n_candidates", "cg_scale", "cfg_scale", "cfg_target"]
         names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "timestep_sampler", "clip_sample"]
+        names += ["prediction_type"]
         return {**self.policy_kwargs, **{name: getattr(self, name) for name in names}}
 
     def _prepare_data(self, dataset: OfflineDataset) -> Data:

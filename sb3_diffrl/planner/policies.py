@@ -13,7 +13,7 @@ from sb3_diffrl.common import check_count
 from sb3_diffrl.diffusion.denoisers import DiT1d, MlpDenoiser
 from sb3_diffrl.diffusion.embeddings import FourierEmbedding, TimeEmbedding
 from sb3_diffrl.diffusion.model import DiffusionModel
-from sb3_diffrl.diffusion.process import DenoiseSteps, DiffusionProcess, Fixed
+from sb3_diffrl.diffusion.process import DenoiseSteps, DiffusionProcess, Fixed, PredictionType
 from sb3_diffrl.diffusion.process import Guidance as ScoreGuidance
 from sb3_diffrl.diffusion.schedules import make_schedule
 from sb3_diffrl.diffusion.transformer import Transformer1d
@@ -135,6 +135,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     :param cfg_target: scaled value, in [-1, 1], that ``"cfg"`` asks for
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on: a name or an object; each has its own
     :param clip_sample: bound of plans, in standard deviations from the data's mean, ``None`` for none
+    :param prediction_type: what the denoiser of plans predicts, see ``DiffusionPlanner``
     """
 
     fixed_mask: th.Tensor
@@ -169,6 +170,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
+        prediction_type: PredictionType = "epsilon",
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class, optimizer_kwargs)
         self.d_model, self.depth, self.critic_depth, self.head_dim = d_model, depth, critic_depth, head_dim
@@ -181,7 +183,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         #: Entries of an observation that a plan changes; a goal stays.
         self.free_dim = self.obs_dim - self.flatten.goal_dim
         self.latent_shape = (horizon - 1, self.free_dim)
-        self.clip_sample = clip_sample
+        self.clip_sample, self.prediction_type = clip_sample, prediction_type
         self._make_networks()
         self._guidances = self._make_guidances()
         self.guidance = guidance
@@ -208,7 +210,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
                 self.head_dim,
                 self.time_embedding_dim,
             ),
-            DiffusionProcess(make_schedule("vp", 0), clip_sample=self.clip_sample),
+            DiffusionProcess(make_schedule("vp", 0), self.prediction_type, self.clip_sample),
             self.ema_decay,
         )
         action_process = DiffusionProcess(make_schedule("squaredcos_cap_v2", ACTION_TIMESTEPS), clip_sample=1.0)
@@ -379,7 +381,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ["d_model", "depth", "critic_depth", "head_dim", "time_embedding_dim", "net_arch", "activation_fn", "horizon"]
         names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "guidance", "train_for", "n_candidates"]
-        names += ["cg_scale", "cfg_scale", "cfg_target", "timestep_sampler", "clip_sample"]
+        names += ["cg_scale", "cfg_scale", "cfg_target", "timestep_sampler", "clip_sample", "prediction_type"]
         own = {name: getattr(self, name) for name in names}
         return {**super()._get_constructor_parameters(), **own, "critic": self.critic_name}
 
