@@ -34,7 +34,7 @@ TIMED: dict[str, dict[str, Any] | None] = {
     "adaptive": None,
     "published": None,
 }
-BATCH, BLOCK, N_BLOCKS, WARM_UP = 128, 40, 24, 80
+BATCH, BLOCK, N_BLOCKS, WARM_UP = 128, 40, 14, 40
 
 
 class Loop:

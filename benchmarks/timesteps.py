@@ -236,6 +236,7 @@ def train(runs: list[Run], task: Task, steps: int, every: int, paths: list[Path]
                 row["selected"] = " ".join(map(str, run.sampler.selected_timesteps.tolist()))
             row["density"] = " ".join(f"{d:.2f}" for d in run.sampler.density(data.train[:64], n_bins=20).tolist())
             rows[i].append(row)
+            write(paths[i].with_suffix(".partial"), rows[i])
         last = " ".join(f"{run.label}:{row[-1]['bound']:.3f}" for run, row in zip(runs, rows, strict=True))
         print(step, last, f"{time.process_time():.0f} s", flush=True)
     clipped = DiffusionProcess(fleet.process.schedule, clip_sample=1.0)
@@ -247,17 +248,16 @@ def train(runs: list[Run], task: Task, steps: int, every: int, paths: list[Path]
                 samples = clipped.sample(fleet.denoiser(i, True), start, 50)
             rows[i][-1]["frechet_clipped"] = frechet_distance(body, samples, th.cat([data.train, data.held_out]))
         write(path, rows[i])
+        path.with_suffix(".partial").unlink()
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    partial.rename(path)
 
 
 def make_sampler(name: str, settings: dict[str, Any] | None) -> TimestepSampler:
@@ -266,20 +266,32 @@ def make_sampler(name: str, settings: dict[str, Any] | None) -> TimestepSampler:
     return AdaptiveTimestepSampler.published() if name == "published" else timestep_sampler_by_name(name)
 
 
-def run(folder: Path, task: Task, samplers: dict[str, dict[str, Any] | None], seeds: list[int], steps: int, every: int) -> None:
-    """One fleet a seed. ``samplers``: label: arguments of the adaptive sampler, or ``None`` for the sampler of that name."""
-    for seed in seeds:
+def run(
+    folder: Path,
+    task: Task,
+    samplers: dict[str, dict[str, Any] | None],
+    seeds: list[int],
+    steps: int,
+    every: int,
+    fleet_seeds: int = 1,
+) -> None:
+    """A fleet for every ``fleet_seeds`` seeds. ``samplers``: label: arguments of the adaptive sampler, or ``None`` for the sampler
+    of that name.
+    """
+    for first in range(0, len(seeds), fleet_seeds):
+        chunk = seeds[first : first + fleet_seeds]
         runs, paths = [], []
-        for label, settings in samplers.items():
+        for seed, (label, settings) in itertools.product(chunk, samplers.items()):
             path = folder / f"{task.data}-{task.arch}-{task.schedule}-{label}-s{seed}.csv"
             if not path.exists():
                 runs.append(Run(label, make_sampler(label, settings), seed))
                 paths.append(path)
         if runs:
-            print(f"{folder.name} {task} seed {seed}", flush=True)
+            print(f"{folder.name} {task} seeds {chunk}", flush=True)
+            train(runs, task, steps, every, paths)
+        for seed in {run.seed for run in runs}:
             arguments = {**task._asdict(), "seed": seed, "steps": steps, "samplers": samplers}
             description = metadata(arguments, " ".join(["python", "benchmarks/timesteps.py", *sys.argv[1:]]))
-            train(runs, task, steps, every, paths)
             described = folder / f"{task.data}-{task.arch}-{task.schedule}-s{seed}.json"
             described.write_text(json.dumps(description, indent=1) + "\n")
 
@@ -301,7 +313,7 @@ def main() -> None:
         run(folder, Task(), named | args.variants, args.seeds, args.steps or 4000, 250)
     elif args.command == "long":
         longest = dict.fromkeys(args.samplers or ("uniform", "adaptive"))
-        run(folder, Task(batch=128), longest | args.variants, args.seeds, args.steps or 12_000, 500)
+        run(folder, Task(batch=128), longest | args.variants, args.seeds, args.steps or 12_000, 500, 5)
     elif args.command == "robustness":
         for data, arch, schedule in itertools.product(("digits", "maze"), ("mlp", "dit"), SCHEDULES):
             task = Task(data, arch, schedule, batch=32, width=64)
@@ -309,7 +321,7 @@ def main() -> None:
     elif args.command == "ablation":
         run(folder, Task(), ABLATIONS | args.variants, args.seeds, args.steps or 2000, 250)
     else:
-        run(folder, Task(batch=32, width=64), {"adaptive": None, "published": None}, args.seeds, args.steps or 1000, 250)
+        run(folder, Task(batch=32, width=64), {"adaptive": None, "published": None}, args.seeds, args.steps or 1000, 500, 10)
 
 
 if __name__ == "__main__":
