@@ -1,7 +1,7 @@
 """Faults on purpose: processes killed at random moments, files mutated at random, very long runs.
 
 ``kill`` trains with frequent checkpoints in a process that gets SIGKILL at a random moment, loads what is there, goes on to the
-end, and compares with a run that was never stopped. ``fuzz`` loads mutated models, datasets and configurations. ``long`` makes a
+end, and compares with a run that was never stopped. ``fuzz`` and ``fuzz-datasets`` load what was mutated. ``long`` makes a
 million updates and a hundred thousand predictions. Each writes a CSV line at a time, beside a JSON with command, versions and
 hardware.
 """
@@ -203,13 +203,15 @@ def kill(trials: int, out: Path) -> None:
 # ---------------------------------------------------------------------- fuzzing
 
 
-def fuzz(count: int, out: Path) -> None:
-    """Mutated models, datasets and configurations: each is loaded, or refused by an error that is documented."""
+def fuzz(what: str, count: int, out: Path) -> None:
+    """Mutated configurations and models, or datasets: each is loaded, or refused by an error that is documented."""
     from tests import fuzzing
 
     for name, run in fuzzing.TARGETS.items():
-        counts = run({"configurations": count, "models": count // 5}.get(name, count // 2))
-        write_row(out, {"target": name, **counts})
+        if name.startswith("datasets") == (what == "fuzz-datasets"):
+            # These take longer.
+            counts = run({"models": count // 5, "datasets, crafted": count // 2}.get(name, count))
+            write_row(out, {"target": name, **counts})
 
 
 # ---------------------------------------------------------------------- long runs
@@ -290,13 +292,13 @@ def write_row(out: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["kill", "fuzz", "long"])
+    parser.add_argument("what", choices=["kill", "fuzz", "fuzz-datasets", "long"])
     parser.add_argument("--trials", type=int, default=12, help="processes killed of each kind")
     parser.add_argument(
         "--count",
         type=int,
         default=5000,
-        help="inputs of the fuzzing: configurations, half as many datasets of each kind, a fifth as many models",
+        help="inputs of each fuzzing: of models a fifth, of crafted datasets half as many",
     )
     parser.add_argument("--updates", type=int, default=1_000_000)
     parser.add_argument("--offline_updates", type=int, default=20_000, help="of the offline agent, which is slower")
@@ -308,14 +310,19 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.what}.csv"
     path.unlink(missing_ok=True)
-    used = {"kill": ["trials"], "fuzz": ["count"], "long": ["updates", "offline_updates", "predictions"]}[args.what]
+    used = {
+        "kill": ["trials"],
+        "fuzz": ["count"],
+        "fuzz-datasets": ["count"],
+        "long": ["updates", "offline_updates", "predictions"],
+    }[args.what]
     arguments = {name: getattr(args, name) for name in used}
     command = ["python", "benchmarks/faults.py", args.what, *(f"--{name}={value}" for name, value in arguments.items())]
     path.with_suffix(".json").write_text(json.dumps(metadata(arguments, shlex.join(command)), indent=1) + "\n")
     if args.what == "kill":
         kill(args.trials, path)
-    elif args.what == "fuzz":
-        fuzz(args.count, path)
+    elif args.what.startswith("fuzz"):
+        fuzz(args.what, args.count, path)
     else:
         long(args.updates, args.offline_updates, args.predictions, path)
 

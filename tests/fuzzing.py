@@ -206,9 +206,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 TARGETS: dict[str, Callable[[int], dict[str, int]]] = {
     "configurations": configurations,
+    "models": models,
     "datasets, crafted": crafted_datasets,
     "datasets, hdf5": mutated_datasets("hdf5"),
     "datasets, arrow": mutated_datasets("arrow"),
-    "datasets, parquet": mutated_datasets("parquet"),
-    "models": models,
 }

@@ -60,6 +60,11 @@ def check_metadata(data_path: Path) -> None:
     for name in ("total_steps", "total_episodes"):
         if type(metadata.get(name)) is not int or metadata[name] < 0:
             raise ValueError(f"its {name} is {str(metadata.get(name))[:50]!r}")
+    if metadata.get("data_format") == "parquet":
+        raise ValueError(
+            "it is parquet, of which a damaged file may end the whole program: write it as hdf5 or arrow, or, if you know where it "
+            "comes from, open it by `minari.load_dataset()` and give that"
+        )
     if metadata["total_episodes"] > n_bytes:
         raise ValueError(f"it speaks of {metadata['total_episodes']} episodes and has {n_bytes} bytes")
     for name in ("observation_space", "action_space"):
@@ -91,11 +96,11 @@ def check_episodes(source: minari.MinariDataset, indices: Sequence[int] | np.nda
     if source.storage.FORMAT == "hdf5":
         yield from _check_hdf5(path / "main_data.hdf5", indices, n_bytes)
         return
-    # Minari reads ahead.
-    for index in indices:
+    # Minari reads ahead. Parquet comes here only if the user has opened it.
+    for index in indices if source.storage.FORMAT == "arrow" else []:
         for file in sorted((path / str(index)).rglob("*")):
             if file.is_file() and file.name != "metadata.json":
-                (_check_parquet if source.storage.FORMAT == "parquet" else _check_arrow)(file, memory_limit(n_bytes))
+                _check_arrow(file, memory_limit(n_bytes))
     for _ in indices:
         yield
 
@@ -158,7 +163,7 @@ def _is_list_of_numbers(dtype: Any) -> bool:
     return bool(dtype.get_class() == h5t.VLEN) and dtype.get_super().get_class() in NUMBERS
 
 
-# ---------------------------------------------------------------------- arrow and parquet
+# ---------------------------------------------------------------------- arrow
 
 
 def _check_arrow(path: Path, limit: int) -> None:
@@ -176,19 +181,6 @@ def _check_arrow(path: Path, limit: int) -> None:
             size += batch.nbytes
             if batch.num_rows > ARROW_ROWS or size > limit:
                 raise ValueError(f"{path.name} has {batch.num_rows} rows, and takes {size / 2**30:.3g} GiB of memory")
-
-
-def _check_parquet(path: Path, limit: int) -> None:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path, memory_map=True) as file:
-        for field in file.schema_arrow:
-            _check_arrow_type(field.type, f"{field.name} in {path.name}")
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        values = [group.column(i).num_values for group in groups for i in range(group.num_columns)]
-        size = sum(group.total_byte_size for group in groups) + 8 * sum(values)
-        if file.metadata.num_rows > ARROW_ROWS or not 0 <= size <= limit:
-            raise ValueError(f"{path.name} has {file.metadata.num_rows} rows, and takes {size / 2**30:.3g} GiB of memory")
 
 
 def _check_arrow_type(dtype: Any, where: str) -> None:
