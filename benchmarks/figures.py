@@ -209,15 +209,31 @@ def faults_table() -> str:
         unit = "steps of the dataset" if kind == "recording" else "steps"
         ok = sum(row["ok"] == "True" for row in trials)
         lines.append(f"| {kind} | {len(trials)} | {', '.join(map(str, loaded))} ({unit}) | {ok} |")
-    headers = {
-        "fuzz": ["fuzzed", "inputs", "read", "refused", "other errors", "crashes", "ran or wrote"],
-        "long": ["long run", "done", "CPU seconds", "memory, MiB", "open files"],
-    }
-    for source, header in headers.items():
-        if source in rows:
-            body = ["| " + " | ".join(row.values()) + " |" for row in rows[source]]
-            lines += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|", *body]
-    return "\n".join([*lines, "", "`python benchmarks/faults.py kill`, `fuzz`, `long`."]) + "\n"
+    # The later run of a kind counts.
+    fuzzed = {row["target"]: row for row in (*rows.get("fuzz", []), *rows.get("fuzz-datasets", []))}
+    lines += ["", "| fuzzed | inputs | read | refused | other errors | crashes | ran or wrote |", "|---" * 7 + "|"]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in fuzzed.values()]
+    lines += [
+        "",
+        "| long run | done | milliseconds each: first, last tenth | of a new model | MiB: first, last | open files | objects |",
+    ]
+    lines += ["|---" * 7 + "|", *_long_runs(rows.get("long", []))]
+    return "\n".join([*lines, "", "`python benchmarks/faults.py kill`, `fuzz`, `fuzz-datasets`, `long`."]) + "\n"
+
+
+def _long_runs(rows: list[dict[str, str]]) -> list[str]:
+    lines = []
+    for agent, what in dict.fromkeys((row["agent"], row["what"]) for row in rows):
+        part = [row for row in rows if (row["agent"], row["what"]) == (agent, what)]
+        tenth = max(1, len(part) // 10)
+        columns = [
+            " → ".join(f"{np.mean([float(row[name]) for row in some]):.2f}" for some in (part[:tenth], part[-tenth:]))
+            for name in ("ms_each", "ms_each_of_a_new_model")
+        ]
+        # Between them and what it started with
+        ranges = [f"{part[1 % len(part)][name]} → {part[-1][name]}" for name in ("memory_mib", "open_files", "objects")]
+        lines.append(f"| {agent}, {what} | {int(part[-1]['done']):,} | " + " | ".join([*columns, *ranges]) + " |")
+    return lines
 
 
 def references_table() -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from sb3_diffrl.pg import PG
     from sb3_diffrl.planner import DiffusionPlanner
+    from sb3_diffrl.saving import ModelFileError
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "PG": "sb3_diffrl.pg",
     "DiffusionBC": "sb3_diffrl.bc",
     "DiffusionPlanner": "sb3_diffrl.planner",
+    "ModelFileError": "sb3_diffrl.saving",
     "OfflineAlgorithm": "sb3_diffrl.offline",
     "OfflineDataset": "sb3_diffrl.offline",
     "fill_replay_buffer": "sb3_diffrl.offline",
@@ -40,6 +42,7 @@ __all__ = [
     "PG",
     "DiffusionBC",
     "DiffusionPlanner",
+    "ModelFileError",
     "OfflineAlgorithm",
     "OfflineDataset",
     "__version__",
