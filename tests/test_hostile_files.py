@@ -233,6 +233,29 @@ def test_a_dataset_may_be_a_link_as_a_whole(tmp_path: Path, monkeypatch: pytest.
     assert OfflineDataset.load("fuzz/good-v0").n_steps == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("rewards", ["a", "b", "c"], "rewards are of shape .* not a row of numbers"),
+        ("terminations", np.zeros((3, 2)), r"terminations are of shape \(3, 2\)"),
+        ("observations", np.array([[b"1", b"2"]] * 4), "Unexpected observation type"),
+        ("actions", np.zeros((3, 2)), "Unexpected observation shape"),
+        ("rewards", 1.0, "damaged"),
+        ("rewards", h5py.Empty("f8"), "damaged"),
+    ],
+    ids=str,
+)
+def test_arrays_that_are_not_what_they_should_be_are_named(
+    name: str, values: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "")
+    with h5py.File(good_dataset(tmp_path) / "main_data.hdf5", "a") as file:
+        del file[f"episode_1/{name}"]
+        file[f"episode_1/{name}"] = values
+    with pytest.raises(ValueError, match=rf"(?i)dataset 'fuzz/good-v0'.*{message}|episode 1.*{message}"):
+        OfflineDataset.load("fuzz/good-v0")
+
+
 def test_parquet_is_read_if_the_user_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # pyarrow ends the process on some damaged files of parquet.
     pytest.importorskip("pyarrow")

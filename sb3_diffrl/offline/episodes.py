@@ -12,9 +12,10 @@ def check_episode(where: str, episode: EpisodeData | EpisodeBuffer) -> None:
 
     :param where: what it is, for the message
     :param episode: with stacked arrays
-    :raises ValueError: if it has no steps, its lengths do not agree, it goes on after its end, or a number is NaN or infinite; the
-        message names the step
+    :raises ValueError: if its rewards or flags are no rows of numbers, it has no steps, its lengths do not agree, it goes on after
+        its end, or a number is NaN or infinite; the message names the step
     """
+    _check_rows(where, episode)
     steps = len(episode.rewards)
     if steps == 0:
         raise ValueError(f"{where} has no steps.")
@@ -34,6 +35,13 @@ def check_episode(where: str, episode: EpisodeData | EpisodeBuffer) -> None:
                 raise ValueError(
                     f"{where}, step {fault[0]}: {name} has the value {leaf[fault]}{at}, which is not finite in single precision."
                 )
+
+
+def _check_rows(where: str, episode: EpisodeData | EpisodeBuffer) -> None:
+    for name in ("rewards", "terminations", "truncations"):
+        row = np.asarray(getattr(episode, name))
+        if row.ndim != 1 or row.dtype.kind not in "biuf":
+            raise ValueError(f"{where}: {name} are of shape {row.shape} and type {row.dtype}, not a row of numbers.")
 
 
 def leaves(tree: Any) -> list[Any]:

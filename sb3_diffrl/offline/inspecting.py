@@ -134,6 +134,8 @@ def _check_data(data: Any, name: str, n_bytes: int) -> int:
     layout = settings.get_layout()
     if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and settings.get_external_count()):
         raise ValueError(f"{name} is in another file; h5repack puts the data in its place")
+    if data.shape is None:  # nothing at all
+        return 0
     size: int = prod(data.shape)
     if layout == h5d.CHUNKED:
         chunk = settings.get_chunk()
@@ -149,13 +151,17 @@ def _check_data(data: Any, name: str, n_bytes: int) -> int:
         raise ValueError(f"{name} would take {size / 2**30:.3g} GiB of memory")
     if dtype.get_class() in NUMBERS or (is_text and not dtype.is_variable_str()):
         return size
+    return size + _size_of_texts(data, name, 1 if is_text else int(dtype.get_super().get_size()), memory_limit(n_bytes) - size)
+
+
+def _size_of_texts(data: Any, name: str, width: int, limit: int) -> int:
     if len(data.shape) > 1:
         raise ValueError(f"{name} is a table of texts or lists")
-    width = 1 if is_text else int(dtype.get_super().get_size())
+    size = 0
     for start in range(0, data.shape[0] if data.shape else 0, TEXTS):
         size += width * sum(map(len, h5py.Dataset(data)[start : start + TEXTS]))
-        if size > memory_limit(n_bytes):
-            raise ValueError(f"{name} would take more than {memory_limit(n_bytes) / 2**30:.3g} GiB of memory")
+        if size > limit:
+            raise ValueError(f"{name} would take more than {limit / 2**30:.3g} GiB of memory")
     return size
 
 

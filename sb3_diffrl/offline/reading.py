@@ -87,7 +87,8 @@ def _local_ids() -> list[str]:
 
 def _damaged(dataset_id: str, data_path: Path, error: object) -> str:
     file = next(data_path.glob("*.hdf5"), data_path)
-    return f"Dataset {dataset_id!r} is damaged: {file} cannot be read ({error}). Delete {data_path.parent} and make it again."
+    reason = str(error) or type(error).__name__
+    return f"Dataset {dataset_id!r} is damaged: {file} cannot be read ({reason}). Delete {data_path.parent} and make it again."
 
 
 def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[minari.EpisodeData]:

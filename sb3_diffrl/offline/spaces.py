@@ -151,6 +151,8 @@ def _flatten(space: spaces.Space[Any], values: Any, out: np.ndarray) -> None:
             start += n
     else:
         array = np.asarray(values)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"Unexpected observation type {array.dtype} for {space}: it must be numbers.")
         if array.shape[1:] != space.shape:
             raise ValueError(f"Unexpected observation shape {array.shape} for {space}: it must be (n, *{space.shape}).")
         # (batch, *shape) -> (batch, dim)
