@@ -239,7 +239,9 @@ def test_the_error_names_the_last_good_checkpoint(name: str, tmp_path: Path) -> 
         model.learn(40, [checkpoints, ConvertCallback(poison)])
     found = re.search(r"is ([^ ]*), of step", str(error.value))
     assert found is not None
-    assert type(model).load(found[1], device="cpu").num_timesteps == 16
+    loaded = type(model).load(found[1], device="cpu")
+    assert loaded.num_timesteps == 16
+    assert loaded.last_save == model.last_save
 
 
 def test_the_part_of_the_loss_is_named() -> None:

@@ -23,11 +23,10 @@ def atomic_file(path: str | Path, suffix: str) -> Iterator[BinaryIO]:
     :return: the open file
     :raises OSError: if the file cannot be written, with the reason, and the path
     """
-    target = Path(path)
-    target = target if target.suffix or not suffix else Path(f"{target}.{suffix}")
-    if target.is_dir():
-        warnings.warn(f"Path '{target}' is a folder. Will save instead to {target}_2", stacklevel=4)
-        target = Path(f"{target}_2")
+    target = target_of(path, suffix)
+    folder = str(target).removesuffix("_2")
+    if folder in (str(Path(path)), f"{Path(path)}.{suffix}") and Path(folder).is_dir():
+        warnings.warn(f"Path '{folder}' is a folder. Will save instead to {target}", stacklevel=4)
     # What a link leads to is replaced, not the link.
     target = Path(os.path.realpath(target))
     aside = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.saving")
@@ -51,6 +50,13 @@ def atomic_file(path: str | Path, suffix: str) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def target_of(path: str | Path, suffix: str) -> Path:
+    """Where ``atomic_file()`` writes."""
+    target = Path(path)
+    target = target if target.suffix or not suffix else Path(f"{target}.{suffix}")
+    return Path(f"{target}_2") if target.is_dir() else target
 
 
 def _flush_folder(folder: Path) -> None:

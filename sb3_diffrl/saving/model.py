@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces, get_system_
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffrl.saving.archive import ENTRY, Archive, ModelFileError, document, read_archive, weights_alone
-from sb3_diffrl.saving.atomic import atomic_file
+from sb3_diffrl.saving.atomic import atomic_file, target_of
 from sb3_diffrl.saving.building import bounded
 from sb3_diffrl.saving.encoding import NotAllowedError, Refused, decode_all, encode_all
 from sb3_diffrl.saving.versions import note_differences
@@ -36,7 +36,7 @@ class SafeSaving(BaseAlgorithm):
     all that ``load()`` reads besides tensors.
     """
 
-    # Where and at which step this model was last saved as a file
+    # Where and at which step this model was last saved to a file, or loaded from one
     _last_save: tuple[str, int] | None = None
 
     @property
@@ -63,7 +63,7 @@ class SafeSaving(BaseAlgorithm):
         content = self._file_content(exclude, include)
         with atomic_file(path, "zip") as file:
             file.write(content)
-        self._last_save = (str(Path(path) if Path(path).suffix else Path(f"{path}.zip")), self.num_timesteps)
+        self._last_save = (str(target_of(path, "zip")), self.num_timesteps)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_last_save"]
@@ -103,7 +103,8 @@ class SafeSaving(BaseAlgorithm):
         :raises FileNotFoundError: if there is none
         """
         if trusted:
-            return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+            return cls._noted(model, path)
         if custom_objects is not None and not isinstance(custom_objects, dict):
             raise ValueError("custom_objects argument must be a dict or None")
         file = open_path(path, "r", suffix="zip")
@@ -126,7 +127,13 @@ class SafeSaving(BaseAlgorithm):
             print("== CURRENT SYSTEM INFO ==")
             get_system_info()
         note_differences(archive.versions, stacklevel=2)
-        return cls._build(archive, attributes, what, env, device, print_system_info, force_reset, kwargs)
+        return cls._noted(cls._build(archive, attributes, what, env, device, print_system_info, force_reset, kwargs), path)
+
+    @staticmethod
+    def _noted(model: SelfSafeSaving, path: str | Path | io.BufferedIOBase) -> SelfSafeSaving:
+        if isinstance(path, (str, Path)):
+            model._last_save = (str(path if Path(path).is_file() else target_of(path, "zip")), model.num_timesteps)
+        return model
 
     @classmethod
     def _attributes(cls, archive: Archive, custom_objects: dict[str, Any], what: str) -> dict[str, Any]:
