@@ -108,25 +108,29 @@ def check_episodes(source: minari.MinariDataset, indices: Sequence[int] | np.nda
 def _check_hdf5(path: Path, indices: Iterable[int], n_bytes: int) -> Generator[None]:
     with h5py.File(path, "r") as file:
         for index in indices:
+            name = f"episode_{index}".encode()
             # By their addresses. Opened objects are opened again at little cost: they stay open until Minari has read them.
             opened: dict[int, Any] = {}
-            size = _check_object(file.id, f"episode_{index}".encode(), n_bytes, opened)
+            link = file.id.links.get_info(name)
+            size = _check_object(file.id, name, (link.type, link.u), n_bytes, opened)
             if size > memory_limit(n_bytes):
                 raise ValueError(f"it would take {size / 2**30:.3g} GiB of memory")
             yield
 
 
-def _check_object(group: Any, name: bytes, n_bytes: int, opened: dict[int, Any]) -> int:
+def _check_object(group: Any, name: bytes, link: tuple[int, int], n_bytes: int, opened: dict[int, Any]) -> int:
     # Bytes that it takes in memory
-    link, text = group.links.get_info(name), name.decode(errors="replace")
-    if link.type != h5l.TYPE_HARD or link.u in opened:
-        raise ValueError(f"{text} is a link; h5repack puts the data in its place")
-    found = opened[link.u] = h5o.open(group, name)
-    if isinstance(found, h5g.GroupID):
-        return sum(_check_object(found, part, n_bytes, opened) for part in found)
-    if not isinstance(found, h5d.DatasetID):
-        raise ValueError(f"{text} is no data")
-    return _check_data(found, text, n_bytes)
+    kind, address = link
+    if kind != h5l.TYPE_HARD or address in opened:
+        raise ValueError(f"{name!r} is a link; h5repack puts the data in its place")
+    found = opened[address] = h5o.open(group, name)
+    if isinstance(found, h5d.DatasetID):
+        return _check_data(found, repr(name), n_bytes)
+    if not isinstance(found, h5g.GroupID):
+        raise ValueError(f"{name!r} is no data")
+    parts: list[tuple[bytes, tuple[int, int]]] = []
+    found.links.iterate(lambda part, info: parts.append((part, (info.type, info.u))), info=True)
+    return sum(_check_object(found, *part, n_bytes, opened) for part in parts)
 
 
 def _check_data(data: Any, name: str, n_bytes: int) -> int:
