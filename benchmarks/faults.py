@@ -217,7 +217,7 @@ def fuzz(what: str, count: int, out: Path) -> None:
 # ---------------------------------------------------------------------- long runs
 
 
-def long(updates: int, offline_updates: int, predictions: int, out: Path) -> None:
+def long(only: str, updates: int, offline_updates: int, predictions: int, out: Path) -> None:
     """Memory, time and open files along very many updates and predictions."""
     from tests.envs import box_env
     from tests.test_saving import tiny_dataset
@@ -244,13 +244,18 @@ def long(updates: int, offline_updates: int, predictions: int, out: Path) -> Non
             model.predict(np.zeros(3, np.float32))
 
     warnings.simplefilter("ignore")  # there is no environment to evaluate in
-    along("NCLQL", "predictions", make_online, predict, predictions, out)
-    along("DiffusionBC", "updates", make_offline, update, offline_updates, out)
-    along("DiffusionBC", "predictions", make_offline, predict, predictions, out)
-    along("NCLQL", "updates", make_online, update, updates, out)
+    runs: dict[str, tuple[Callable[[], Any], Callable[[Any, int], None], int]] = {
+        "NCLQL predictions": (make_online, predict, predictions),
+        "NCLQL updates": (make_online, update, updates),
+        "DiffusionBC updates": (make_offline, update, offline_updates),
+        "DiffusionBC predictions": (make_offline, predict, predictions),
+    }
+    for name, run in runs.items():
+        if only in ("", name):
+            along(name, *run, out)
 
 
-def along(agent: str, what: str, make: Callable[[], Any], act: Callable[[Any, int], None], count: int, out: Path) -> None:
+def along(name: str, make: Callable[[], Any], act: Callable[[Any, int], None], count: int, out: Path) -> None:
     """Act very often with one model, and at each of fifty halts for a moment with a new one: it tells a slow-down from a busy
     machine.
     """
@@ -264,7 +269,7 @@ def along(agent: str, what: str, make: Callable[[], Any], act: Callable[[Any, in
             milliseconds.append(round(1000 * (time.process_time() - start) / times, 3))
         del used
         gc.collect()
-        row = {"agent": agent, "what": what, "done": (part + 1) * (count // parts), "ms_each": milliseconds[0]}
+        row = {"agent": name.split()[0], "what": name.split()[1], "done": (part + 1) * (count // parts), "ms_each": milliseconds[0]}
         write_row(out, {**row, "ms_each_of_a_new_model": milliseconds[1], **usage(), "objects": len(gc.get_objects())})
 
 
@@ -300,6 +305,7 @@ def main() -> None:
         default=5000,
         help="inputs of each fuzzing: of models a fifth, of crafted datasets half as many",
     )
+    parser.add_argument("--only", default="", help="one of the long runs, e.g. 'NCLQL updates', in a file of its own")
     parser.add_argument("--updates", type=int, default=1_000_000)
     parser.add_argument("--offline_updates", type=int, default=20_000, help="of the offline agent, which is slower")
     parser.add_argument("--predictions", type=int, default=100_000)
@@ -308,13 +314,13 @@ def main() -> None:
     th.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' environments and mutations
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.what}.csv"
+    path = args.out / f"{'-'.join([args.what, *args.only.split()])}.csv"
     path.unlink(missing_ok=True)
     used = {
         "kill": ["trials"],
         "fuzz": ["count"],
         "fuzz-datasets": ["count"],
-        "long": ["updates", "offline_updates", "predictions"],
+        "long": ["only", "updates", "offline_updates", "predictions"],
     }[args.what]
     arguments = {name: getattr(args, name) for name in used}
     command = ["python", "benchmarks/faults.py", args.what, *(f"--{name}={value}" for name, value in arguments.items())]
@@ -324,7 +330,7 @@ def main() -> None:
     elif args.what.startswith("fuzz"):
         fuzz(args.what, args.count, path)
     else:
-        long(args.updates, args.offline_updates, args.predictions, path)
+        long(args.only, args.updates, args.offline_updates, args.predictions, path)
 
 
 if __name__ == "__main__":

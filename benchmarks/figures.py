@@ -217,7 +217,7 @@ def faults_table() -> str:
         "",
         "| long run | done | milliseconds each: first, last tenth | of a new model | MiB: first, last | open files | objects |",
     ]
-    lines += ["|---" * 7 + "|", *_long_runs(rows.get("long", []))]
+    lines += ["|---" * 7 + "|", *_long_runs([row for name in sorted(rows) if name.startswith("long") for row in rows[name]])]
     return "\n".join([*lines, "", "`python benchmarks/faults.py kill`, `fuzz`, `fuzz-datasets`, `long`."]) + "\n"
 
 

@@ -3,9 +3,9 @@
     python benchmarks/loading.py [--formats hdf5 arrow] [--rounds 5]
 
 Contestants, each in a process of its own, in turn, with the files in the page cache: `OfflineDataset.load`; and `minari`, which
-reads the same episodes by `iterate_episodes` and keeps nothing: what any loader on top of Minari takes at least. Run it while
-nothing else runs. The dataset is made first, in a temporary folder (arrow takes minutes: Minari looks at every file of a dataset
-for each episode that it writes).
+reads the same episodes by `iterate_episodes` and keeps nothing: what any loader on top of Minari takes at least. Seconds are the
+processor's, which depend less on what else runs. The dataset is made first, in a temporary folder (arrow takes minutes: Minari
+looks at every file of a dataset for each episode that it writes).
 
 Writes `results/loading.csv` (a row a round and contestant) and `loading.json` (command, versions, hardware, medians). Memory is
 the peak of the process, and what of it was there before loading, when everything was imported.
@@ -64,12 +64,12 @@ def work(contestant: str, data_format: str) -> None:
     from sb3_diffrl.offline import OfflineDataset
 
     before = peak_mib()
-    begin = time.perf_counter()
+    begin = time.process_time()
     if contestant == "minari":
         n_steps = sum(len(episode) for episode in minari.load_dataset(dataset_id(data_format)).iterate_episodes())
     else:
         n_steps = OfflineDataset.load(dataset_id(data_format)).n_steps
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     assert n_steps == EPISODES * STEPS
     print(json.dumps([seconds, before, peak_mib()]))
 

@@ -109,28 +109,27 @@ def _check_hdf5(path: Path, indices: Iterable[int], n_bytes: int) -> Generator[N
     with h5py.File(path, "r") as file:
         for index in indices:
             name = f"episode_{index}".encode()
-            # By their addresses. Opened objects are opened again at little cost: they stay open until Minari has read them.
-            opened: dict[int, Any] = {}
             link = file.id.links.get_info(name)
-            size = _check_object(file.id, name, (link.type, link.u), n_bytes, opened)
+            size = _check_object(file.id, name, (link.type, link.u), n_bytes, set())
             if size > memory_limit(n_bytes):
                 raise ValueError(f"it would take {size / 2**30:.3g} GiB of memory")
             yield
 
 
-def _check_object(group: Any, name: bytes, link: tuple[int, int], n_bytes: int, opened: dict[int, Any]) -> int:
-    # Bytes that it takes in memory
+def _check_object(group: Any, name: bytes, link: tuple[int, int], n_bytes: int, seen: set[int]) -> int:
+    # Bytes that it takes in memory; what was seen is known by its address
     kind, address = link
-    if kind != h5l.TYPE_HARD or address in opened:
+    if kind != h5l.TYPE_HARD or address in seen:
         raise ValueError(f"{name!r} is a link; h5repack puts the data in its place")
-    found = opened[address] = h5o.open(group, name)
+    seen.add(address)
+    found = h5o.open(group, name)
     if isinstance(found, h5d.DatasetID):
         return _check_data(found, repr(name), n_bytes)
     if not isinstance(found, h5g.GroupID):
         raise ValueError(f"{name!r} is no data")
     parts: list[tuple[bytes, tuple[int, int]]] = []
     found.links.iterate(lambda part, info: parts.append((part, (info.type, info.u))), info=True)
-    return sum(_check_object(found, *part, n_bytes, opened) for part in parts)
+    return sum(_check_object(found, *part, n_bytes, seen) for part in parts)
 
 
 def _check_data(data: Any, name: str, n_bytes: int) -> int:
