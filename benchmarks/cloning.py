@@ -2,7 +2,7 @@
 
     python benchmarks/cloning.py --dataset sb3-diffrl/halfcheetah/expert-v0 --seed 0
 
-The dataset must be on disk (`python -m sb3_diffrl.offline.make sb3-diffrl/halfcheetah/expert-v0`). Writes
+The dataset must be on disk (`sb3-diffrl dataset make sb3-diffrl/halfcheetah/expert-v0`). Writes
 ``results/cloning/<env>-<tier>-s<seed>.csv`` (a row an evaluated episode, actions drawn), ``...-deterministic.csv`` (the
 fixed-noise chain), and a ``.json`` each.
 """

@@ -99,7 +99,7 @@ def runs(cache: Path) -> None:
         (RESULTS / f"{folder.name}.csv").write_text((folder / CURVE).read_text())
         plan = json.loads((folder / "plan.json").read_text())
         described = metadata(
-            plan, f"python -m sb3_diffrl.offline.make sb3-diffrl/{folder.name.split('-s')[0]}/expert-v0 --seed {plan['seed']}"
+            plan, f"sb3-diffrl dataset make sb3-diffrl/{folder.name.split('-s')[0]}/expert-v0 --seed {plan['seed']}"
         )
         (RESULTS / f"{folder.name}.json").write_text(json.dumps(described, indent=2) + "\n")
         print(folder.name)

@@ -4,7 +4,7 @@
     python benchmarks/planning.py time --task umaze      (milliseconds per env step)
     python benchmarks/planning.py paths --task umaze     (plans and executed paths, to be drawn)
 
-The dataset must be on disk (`python -m sb3_diffrl.offline.make sb3-diffrl/pointmaze/umaze-v0`). What is there already is left as it
+The dataset must be on disk (`sb3-diffrl dataset make sb3-diffrl/pointmaze/umaze-v0`). What is there already is left as it
 is, so a command that was stopped goes on when it is repeated. Models go to ``models/planning/``; ``results/planning/<task>-s<seed>-
 <method>.csv`` has a row per episode: the sum of its rewards, the score of the papers for mazes (every step after the first reward
 counts, whether the point stays or not), whether there was a reward, and the discounted value of the first plan by the critic.

@@ -285,7 +285,7 @@ def test_spaces_differ_by_more_than_precision() -> None:
 @pytest.mark.parametrize(
     ("dataset_id", "command"),
     [
-        ("sb3-diffrl/pointmaze/umaze-v0", "python -m sb3_diffrl.offline.make sb3-diffrl/pointmaze/umaze-v0"),
+        ("sb3-diffrl/pointmaze/umaze-v0", "sb3-diffrl dataset make sb3-diffrl/pointmaze/umaze-v0"),
         ("D4RL/door/human-v2", "minari download D4RL/door/human-v2"),
     ],
 )

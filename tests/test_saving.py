@@ -149,7 +149,7 @@ def test_what_is_not_allowed_is_named(value: Any, named: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("os.system", "subprocess.Popen", "builtins.eval", "sb3_diffrl.offline.make.main", "sb3_diffrl.zoo.cli.main"),
+        *("os.system", "subprocess.Popen", "builtins.eval", "sb3_diffrl.cli.main", "sb3_diffrl.zoo.cli.main"),
         *("sb3_diffrl.lql.lql.NonFiniteError", "sb3_diffrl.offline.writing.DatasetWriter", "sb3_diffrl.lql.lql.th.nn.Module"),
         *("torch.nn.Linear", ""),
     ],

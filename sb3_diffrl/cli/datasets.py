@@ -1,6 +1,7 @@
 """``dataset make|record|info|list``."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,17 @@ def add_commands(commands: Subparsers) -> None:
 
 def run_make(args: argparse.Namespace) -> int:
     """``dataset make``."""
-    from sb3_diffrl.offline.make import main
+    from sb3_diffrl.offline.makers import make_dataset
+    from sb3_diffrl.offline.makers.training import LevelNotReachedError
 
-    words = [args.id, "--seed", str(args.seed)]
-    words += [] if args.n_steps is None else ["--n-steps", str(args.n_steps)]
-    words += [] if args.cache is None else ["--cache", str(args.cache)]
-    words += ["--quick"] * args.quick + ["--overwrite"] * args.overwrite
-    main(words)
+    try:
+        dataset = make_dataset(
+            args.id, n_steps=args.n_steps, seed=args.seed, quick=args.quick, overwrite=args.overwrite, cache=args.cache
+        )
+    except LevelNotReachedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{dataset.id}: {dataset.total_episodes} episodes, {dataset.total_steps} steps, in {dataset.storage.data_path}")
     return 0
 
 

@@ -62,7 +62,7 @@ def _open(dataset_id: str) -> minari.MinariDataset:
     check_id(dataset_id)
     path = get_dataset_path(dataset_id)
     if not (path / "data").exists():
-        make = "python -m sb3_diffrl.offline.make" if dataset_id.startswith("sb3-diffrl/") else "minari download"
+        make = "sb3-diffrl dataset make" if dataset_id.startswith("sb3-diffrl/") else "minari download"
         similar = difflib.get_close_matches(dataset_id, _local_ids(), cutoff=0.8)
         hint = f" On disk is {' and '.join(map(repr, similar))}." if similar else ""
         raise FileNotFoundError(
