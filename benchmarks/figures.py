@@ -148,7 +148,7 @@ def value_table() -> str:
 def loading_table() -> str:
     described = json.loads((RESULTS / "loading.json").read_text())
     names = {"sb3_diffrl": "`OfflineDataset.load`", "minari": "Minari's `iterate_episodes` alone, nothing kept"}
-    lines = ["| storage | | seconds | peak memory of the process | of it before loading |", "|---|---|---|---|---|"]
+    lines = ["| storage | | CPU seconds | peak memory of the process | of it before loading |", "|---|---|---|---|---|"]
     for key, entry in described["results"].items():
         data_format, contestant = key.split()
         cells = [
