@@ -252,6 +252,22 @@ def test_the_part_of_the_loss_is_named() -> None:
     assert all_finite(model)
 
 
+@pytest.mark.parametrize("sampler", ["loss_second_moment", "speed", "adaptive", "adaptive+min_snr"])
+def test_what_a_timestep_sampler_has_learned_is_not_poisoned(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = offline("DiffusionBC", dataset(), timestep_sampler=sampler, on_nonfinite="skip")
+    calls, loss = iter(range(1000)), model.policy.loss
+
+    def sometimes(*args: Any) -> th.Tensor:
+        losses: th.Tensor = loss(*args)
+        return losses * np.nan if next(calls) % 10 == 3 else losses
+
+    monkeypatch.setattr(model.policy, "loss", sometimes)
+    model.learn(60)
+    assert model.n_skipped == 6
+    tensors = [value for value in model.policy.timestep_sampler.state_dict().values() if isinstance(value, th.Tensor)]
+    assert all(bool(th.isfinite(tensor).all()) for tensor in tensors)
+
+
 @pytest.mark.parametrize("name", OFFLINE)
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.int64])
 def test_offline_observations_of_every_type_are_learned_from(name: str, dtype: Any) -> None:

@@ -68,7 +68,7 @@ def test_a_full_disk_ends_training_and_the_model_is_kept_elsewhere(small_disk: P
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1, printed
     assert "error: [Errno 28] No space left on device. Nothing was saved, and a former file is as it was" in printed
-    kept = re.search(r"The model of step (\d+) is in (\S*\.zip); move it to (\S*) to resume", printed)
+    kept = re.search(r"The model of step (\d+) is in (\S*\.zip); move it to \S* and go on with: sb3-diffrl", printed)
     assert kept is not None, printed
     assert NCLQL.load(kept[2]).num_timesteps == int(kept[1]) > 0
     # What was written before is whole.

@@ -97,7 +97,6 @@ def run_train(args: argparse.Namespace) -> int:
         experiment.save_trained_model(model)
     except Exception:
         print(experiment.rescue(model), file=sys.stderr)
-        print(f"Go on with: sb3-diffrl train --resume {experiment.save_path}", file=sys.stderr)
         raise
     folder = experiment.save_path
     if experiment.interrupted:

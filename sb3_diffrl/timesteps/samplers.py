@@ -1,8 +1,8 @@
 """Timestep samplers: the interface, and the rules that do not look at the model's progress on the bound."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Self
 
 import torch as th
@@ -281,8 +281,12 @@ class LossSecondMomentSampler(TimestepSampler):
         """See ``TimestepSampler``."""
         del x0, bound_terms, generator
         assert self._place is not None, "around_step() comes after sample()"
-        self._observe(self._place, loss.detach())
-        return nullcontext()
+        return self._observe_after(self._place, loss.detach())
+
+    @contextmanager
+    def _observe_after(self, bins: th.Tensor, loss: th.Tensor) -> Iterator[None]:
+        yield  # a step that fails, for a loss that is not finite, is not remembered
+        self._observe(bins, loss)
 
     def _observe(self, bins: th.Tensor, loss: th.Tensor) -> None:
         # (2, n_bins) number of losses in each bin, and the sum of their squares

@@ -225,21 +225,22 @@ class Experiment(ExperimentManager):
     def rescue(self, model: BaseAlgorithm) -> str:
         """Save a model whose training an error has ended: in the run's folder, or, where nothing can be written, elsewhere.
 
-        :return: a sentence on where it is
+        :return: where it is, and how to go on
         """
         if model.num_timesteps == 0:
             return "Training had not begun."
+        resume = f"sb3-diffrl train --resume {self.save_path}"
         try:
             self.save_replay_buffer = True
             super().save_trained_model(model)
-        except OSError:
+        except Exception:
             try:
                 path = Path(tempfile.mkdtemp(prefix="sb3-diffrl-")) / f"{self.env_name}.zip"
                 model.save(path)
-            except OSError as error:
+            except Exception as error:
                 return f"The model of step {model.num_timesteps} could not be saved anywhere ({error})."
-            return f"The model of step {model.num_timesteps} is in {path}; move it to {self.save_path} to resume from it."
-        return f"The model of step {model.num_timesteps} is saved in {self.save_path}."
+            return f"The model of step {model.num_timesteps} is in {path}; move it to {self.save_path} and go on with: {resume}"
+        return f"The model of step {model.num_timesteps} is saved in {self.save_path}. Go on with: {resume}"
 
 
 def _with_preset(hyperparams: dict[str, Any]) -> dict[str, Any]:
