@@ -46,9 +46,10 @@ ABLATIONS: dict[str, dict[str, Any] | None] = {
     "fresh_noise": {"common_noise": False},
     "no_baseline": {"baseline": None},
     "raw_reward": {"normalize_reward": False},
-    "entropy_bonus": {"entropy": "bonus", "ent_coef": 0.1},
     "no_bounds": {"concentration_range": None, "uniform_floor": 0.0},
-    "sweep_alone": {"ent_coef": 100.0},
+    "uniform_base": {"base": "uniform"},
+    "base_alone": {"ent_coef": 100.0},
+    "unweighted": {"importance": 0.0},
     "root_of_terms": {"sweep_powers": (0.5, 0.5)},
     "full_sweep": {"sweep_size": None, "reward_batch_size": None},
 }
@@ -302,6 +303,9 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--data", nargs="+", default=["digits", "maze"], help="of robustness")
+    parser.add_argument("--arch", nargs="+", default=["mlp", "dit"], help="of robustness")
+    parser.add_argument("--schedules", nargs="+", default=SCHEDULES, help="of robustness")
     parser.add_argument("--variants", type=json.loads, default={}, help='{"label": {"learning_rate": 0.003}}')
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -310,16 +314,17 @@ def main() -> None:
     folder = args.results / args.command
     named = dict.fromkeys(args.samplers or SAMPLERS)
     if args.command == "compare":
-        run(folder, Task(), named | args.variants, args.seeds, args.steps or 4000, 250)
+        run(folder, Task(), named | args.variants, args.seeds, args.steps or 4000, 250, 5)
     elif args.command == "long":
         longest = dict.fromkeys(args.samplers or ("uniform", "adaptive"))
         run(folder, Task(batch=128), longest | args.variants, args.seeds, args.steps or 12_000, 500, 5)
     elif args.command == "robustness":
-        for data, arch, schedule in itertools.product(("digits", "maze"), ("mlp", "dit"), SCHEDULES):
+        for data, arch, schedule in itertools.product(args.data, args.arch, args.schedules):
             task = Task(data, arch, schedule, batch=32, width=64)
-            run(folder, task, named | args.variants, args.seeds, args.steps or 1500, 250)
+            run(folder, task, named | args.variants, args.seeds, args.steps or 1500, 500, 5)
     elif args.command == "ablation":
-        run(folder, Task(), ABLATIONS | args.variants, args.seeds, args.steps or 2000, 250)
+        chosen = {name: ABLATIONS[name] for name in args.samplers or ABLATIONS}
+        run(folder, Task(), chosen | args.variants, args.seeds, args.steps or 2000, 500, 5)
     else:
         run(folder, Task(batch=32, width=64), {"adaptive": None, "published": None}, args.seeds, args.steps or 1000, 500, 10)
 

@@ -125,7 +125,7 @@ def test_the_swept_times_choose_the_next_rewards() -> None:
 @pytest.mark.parametrize("baseline", ["moving_average", "batch", None])
 def test_mass_moves_into_the_band_where_the_bound_falls(baseline: Any) -> None:
     """Each row has an error that only its own training at times 60 .. 89 lowers."""
-    sampler = AdaptiveTimestepSampler(3e-3, update_frequency=1, baseline=baseline, entropy="bonus", ent_coef=0.1)
+    sampler = AdaptiveTimestepSampler(3e-3, update_frequency=1, baseline=baseline, base="uniform", ent_coef=0.1)
     th.manual_seed(0)
     sampler.setup(process(), (3,))
     generator = rng()
@@ -150,7 +150,7 @@ def test_mass_moves_into_the_band_where_the_bound_falls(baseline: Any) -> None:
 
 def test_density_depends_on_the_data() -> None:
     """Rows of two kinds: one is helped by early times, the other by late ones."""
-    sampler = AdaptiveTimestepSampler(learning_rate=3e-3, update_frequency=1, entropy="bonus", ent_coef=0.1)
+    sampler = AdaptiveTimestepSampler(learning_rate=3e-3, update_frequency=1, base="uniform", ent_coef=0.1)
     th.manual_seed(0)
     sampler.setup(process(), (2,))
     generator = rng()
@@ -170,54 +170,100 @@ def test_density_depends_on_the_data() -> None:
     assert float(t[:, kind == 1].mean()) > 65
 
 
-@pytest.mark.parametrize("powers", [(0.5, 0.5), (0.0, 1.0), (0.25, 0.75)])
-@pytest.mark.parametrize("schedule", ["linear", "vp"])
-def test_without_a_reward_the_density_is_the_swept_one(schedule: Any, powers: tuple[float, float]) -> None:
-    """The step changes nothing. A Beta that is fitted by its likelihood has the mean logarithms of what it is fitted to."""
-    sampler = AdaptiveTimestepSampler(learning_rate=3e-2, update_frequency=1, sweep_size=50, sweep_powers=powers)
-    th.manual_seed(0)
-    sampler.setup(process(schedule), (3,))
-    fraction = (th.arange(50) + 0.5) / 50
-    times, density = sampler.process.schedule.timesteps_at(fraction), fraction**-0.4 * (1 - fraction) ** 0.8
-    weight, offset = sampler.process.schedule.bound_coefficients(times)
-    error = (density / weight ** powers[0]) ** (1 / powers[1])
-    planted = (weight * error + offset) / th.tensor(2.0).log()
+# ------------------------------------------------------------------ the swept density
+
+
+def with_errors(sampler: AdaptiveTimestepSampler, error: th.Tensor, n_updates: int) -> None:
+    """Updates of the policy with a model that stays as it is, whose squared error at the swept times is the given one."""
     generator = rng()
+    x0 = th.randn(16, 3, generator=generator)
+    weight, offset = sampler.process.schedule.bound_coefficients(sampler.sweep_timesteps)
+    planted = (weight * error + offset) / th.tensor(2.0).log()
 
     def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
-        terms: th.Tensor = planted[th.searchsorted(times, t).clamp(max=49)]
+        terms: th.Tensor = planted[th.searchsorted(sampler.sweep_timesteps, t).clamp(max=len(planted) - 1)]
         return terms
 
-    for _ in range(100):
-        x0 = th.randn(16, 3, generator=generator)
+    for _ in range(n_updates):
         sampler.sample(x0, generator)
         with sampler.around_step(x0, th.ones(16), bound_terms, generator):
             pass
-    a, b = sampler.info()["alpha"], sampler.info()["beta"]
-    for concentration, log in ((a, fraction.log()), (b, (1 - fraction).log())):
-        expected = (density * log).sum() / density.sum()
-        th.testing.assert_close(th.digamma(concentration) - th.digamma(a + b), expected, rtol=0.05, atol=0)
 
 
-def test_an_untrained_model_keeps_the_density_uniform_if_errors_alone_count() -> None:
-    """All errors are 1: the root of the bound's terms falls with the time, the root of the errors does not."""
-    means, x0 = {}, th.randn(64, 3, generator=rng())
-    for powers in ((0.5, 0.5), (0.0, 0.5)):
-        sampler = AdaptiveTimestepSampler(learning_rate=3e-2, update_frequency=1, sweep_powers=powers)
+@pytest.mark.parametrize("powers", [(0.5, 0.5), (0.0, 1.0), (0.25, 0.75)])
+@pytest.mark.parametrize("schedule", ["linear", "vp"])
+def test_without_a_reward_times_are_drawn_from_the_swept_density(schedule: Any, powers: tuple[float, float]) -> None:
+    sampler = AdaptiveTimestepSampler(update_frequency=1, sweep_size=50, sweep_powers=powers, uniform_floor=0.2)
+    th.manual_seed(0)
+    sampler.setup(process(schedule), (3,))
+    error = (1 + th.arange(50.0)) ** -0.5
+    with_errors(sampler, error, 100)
+    density = sampler.process.schedule.bound_coefficients(sampler.sweep_timesteps).weight ** powers[0] * error ** powers[1]
+    expected = 0.8 * density / density.sum() + 0.2 / 50
+    t = sampler.sample(th.zeros(50_000, 3), rng(1)).t
+    edges = sampler.process.schedule.timesteps_at(th.arange(1, 50) / 50)
+    drawn = th.bincount(th.searchsorted(edges, t, right=True), minlength=50) / 50_000
+    assert (drawn - expected).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("schedule", ["linear", "vp"])
+def test_an_untrained_model_is_trained_at_uniform_times(schedule: Any) -> None:
+    """All its errors are 1, at the start and in every sweep."""
+    sampler = AdaptiveTimestepSampler(update_frequency=1, sweep_size=50)
+    th.manual_seed(0)
+    sampler.setup(process(schedule), (3,))
+    for _ in range(3):
+        th.testing.assert_close(sampler.cumulative, th.linspace(0, 1, 51), rtol=0, atol=1e-4)
+        with_errors(sampler, th.ones(50), 1)
+
+
+def test_the_swept_density_follows_the_errors_at_the_pace_of_the_sweeps() -> None:
+    sampler = AdaptiveTimestepSampler(update_frequency=1, sweep_size=4, statistics_decay=0.5)
+    sampler.setup(process(), (3,))
+    with_errors(sampler, th.tensor([1.0, 0.0, 0.0, 0.0]), 1)
+    # Half of the running mean is still the errors of 1 that were there before.
+    th.testing.assert_close(sampler.cumulative.diff(), th.tensor([1.5, 0.5, 0.5, 0.5]) / 3, rtol=1e-3, atol=1e-4)
+    with_errors(sampler, th.tensor([1.0, 0.0, 0.0, 0.0]), 60)
+    th.testing.assert_close(sampler.cumulative.diff(), th.tensor([1.0, 0.0, 0.0, 0.0]), rtol=0, atol=1e-4)
+    t = sampler.sample(th.zeros(1000, 3), rng()).t
+    assert ((t >= 0) & (t < 100)).all()
+
+
+def test_a_perfect_model_leaves_the_density_uniform() -> None:
+    sampler = AdaptiveTimestepSampler(update_frequency=1, sweep_size=10, statistics_decay=0.0)
+    sampler.setup(process(), (3,))
+    with_errors(sampler, th.zeros(10), 3)
+    th.testing.assert_close(sampler.cumulative, th.linspace(0, 1, 11), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["sweep", "uniform"])
+def test_full_importance_weights_leave_the_expected_loss_as_under_uniform_times(base: Any) -> None:
+    sampler = AdaptiveTimestepSampler(update_frequency=1, sweep_size=20, base=base, importance=1.0, concentration_range=(0.5, 2.0))
+    th.manual_seed(0)
+    sampler.setup(process(n_times=20), (3,))
+    with_errors(sampler, th.linspace(1, 0.1, 20), 10)
+    with th.no_grad():
+        *_, last = sampler.policy.parameters()
+        last.copy_(th.tensor([0.5, -0.7]))  # a Beta that is not the uniform one
+    loss = th.linspace(3, 1, 20).square()
+    t, weight = sampler.sample(th.zeros(200_000, 3), rng(1))
+    assert float(loss[t].mean()) > 1.03 * float(loss.mean()) or float(loss[t].mean()) < 0.97 * float(loss.mean())
+    assert float((weight * loss[t]).mean()) == pytest.approx(float(loss.mean()), rel=0.01)
+
+
+def test_importance_is_a_power_of_the_density() -> None:
+    draws = []
+    for importance in (0.0, 0.5, 1.0):
+        sampler = AdaptiveTimestepSampler(importance=importance)
         th.manual_seed(0)
         sampler.setup(process(), (3,))
-        generator = rng()
-
-        def bound_terms(rows: th.Tensor, t: th.Tensor, noise: th.Tensor, sampler: AdaptiveTimestepSampler = sampler) -> th.Tensor:
-            return sampler.process.bound_terms(lambda x_t, t: noise + 1, x0[rows], t, noise)
-
-        for _ in range(60):
-            sampler.sample(x0, generator)
-            with sampler.around_step(x0, th.ones(64), bound_terms, generator):
-                pass
-        means[powers] = float(sampler.info()["alpha"] / (sampler.info()["alpha"] + sampler.info()["beta"]))
-    assert means[0.0, 0.5] == pytest.approx(0.5, abs=0.01)
-    assert means[0.5, 0.5] < 0.48
+        sampler.cumulative.copy_(th.linspace(0, 1, 101).sqrt())
+        draws.append(sampler.sample(th.zeros(100, 3), rng()))
+    none, half, full = draws
+    assert th.equal(none.t, full.t)
+    assert th.equal(none.weight, th.ones(100))
+    th.testing.assert_close(half.weight.square(), full.weight)
+    assert full.weight.std() > 0.1
 
 
 # ------------------------------------------------------------------ bounds and guards
@@ -237,13 +283,22 @@ def test_no_time_is_ever_left_out() -> None:
     assert (th.bincount(t, minlength=10) / 20_000).min() >= 0.2 / 10 - 5 * (0.02 / 20_000) ** 0.5
 
 
-def test_log_density_is_that_of_the_mixture() -> None:
-    sampler = AdaptiveTimestepSampler(uniform_floor=0.3)
+@pytest.mark.parametrize("base", ["sweep", "uniform"])
+def test_log_density_is_that_of_the_mixture(base: Any) -> None:
+    sampler = AdaptiveTimestepSampler(uniform_floor=0.3, base=base)
     sampler.setup(process(), (2,))
+    # Mass x^2 below x, in 100 straight pieces
+    sampler.cumulative.copy_(th.linspace(0, 1, 101).square())
     grid = (th.arange(1000) + 0.5) / 1000
+    mass, slope = grid, th.ones(1000)
+    if base == "sweep":
+        cell = (grid * 100).floor() / 100
+        slope = 2 * cell + 0.01
+        mass = cell**2 + (grid - cell) * slope
     beta = th.distributions.Beta(th.tensor(2.0), th.tensor(3.0))
     density = sampler._log_density(beta, grid).exp()
-    th.testing.assert_close(density, 0.3 + 0.7 * 12 * grid * (1 - grid) ** 2, rtol=1e-4, atol=1e-4)
+    th.testing.assert_close(density, 0.3 + 0.7 * 12 * mass * (1 - mass) ** 2 * slope, rtol=1e-3, atol=1e-3)
+    assert float(density.mean()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(("concentration_range", "start"), [((0.2, 5.0), 1.0), ((0.5, 20.0), 1.0), (None, 0.9741)])
@@ -302,7 +357,7 @@ def test_rewards_of_a_few_rows_cost_less() -> None:
 
 def test_a_reward_goes_to_the_row_that_earned_it() -> None:
     """The rewarded rows are a random few: each one's reward has to meet its own draw."""
-    sampler = AdaptiveTimestepSampler(3e-3, update_frequency=1, reward_batch_size=16, entropy="bonus", ent_coef=0.1)
+    sampler = AdaptiveTimestepSampler(3e-3, update_frequency=1, reward_batch_size=16, base="uniform", ent_coef=0.1)
     th.manual_seed(0)
     sampler.setup(process(), (1,))
     generator = rng()
@@ -342,6 +397,8 @@ def test_chunks_bound_the_rows_of_a_call_and_change_nothing() -> None:
         ({"sweep_powers": (-0.5, 0.5)}, "sweep_powers"),
         ({"baseline": "mean"}, "baseline"),
         ({"entropy": "none"}, "entropy"),
+        ({"base": "terms"}, "base"),
+        ({"importance": 1.5}, "importance"),
         ({"ent_coef": -1.0}, "ent_coef"),
         ({"uniform_floor": 1.0}, "uniform_floor"),
         ({"concentration_range": (2.0, 1.0)}, "concentration_range"),

@@ -89,9 +89,12 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     * the terms before and after a step are measured with the same noise, so that their difference shows the step alone;
     * the reward is divided by its running standard deviation, and compared with its running mean;
-    * the entropy, which draws the policy towards the uniform density, gives way to the likelihood of a density that the sweeps
-      measure: ``w^p e^q`` of the weight w and the denoising error e, whose product is the bound's term (importance sampling of the
-      bound, 2102.09672, eq. 18, has p = q = 0.5). The reward shifts the policy from there;
+    * the entropy is differentiated, and not part of the reward;
+    * the Beta is not over the schedule, but over the mass of a base density that the sweeps measure: ``w^p e^q`` of the weight w
+      and the denoising error e, whose product is the bound's term. It is uniform before training, when all errors are 1, and moves
+      as they differ; the reward shifts the policy from there, and the entropy draws it back;
+    * the loss has the weight ``pi^-0.5``, between none and the unbiasing ``pi^-1``: draws where the error is large lower the
+      variance of the gradient, and the weight leaves those times some of the emphasis that the bound puts on them;
     * concentrations are bounded and some draws are uniform, so that no time is ever left out for good;
     * the sweep goes over ``sweep_size`` times, and the policy learns from ``reward_batch_size`` rows of the minibatch, which bounds
       the cost;
@@ -109,14 +112,16 @@ class AdaptiveTimestepSampler(TimestepSampler):
     :param common_noise: the same noise before and after the model's step
     :param baseline: what rewards are compared with: ``"moving_average"``, ``"batch"`` (the minibatch's mean) or ``None``
     :param normalize_reward: divide the reward by its running standard deviation
-    :param entropy: what keeps the policy wide. ``"sweep"``: the likelihood of times drawn from the density that the sweeps
-        before the step measure; ``"bonus"``: the entropy, differentiated; ``"reward"``: the entropy
-        as part of the reward, as published
-    :param ent_coef: coefficient of the likelihood or of the entropy
-    :param sweep_powers: of ``entropy="sweep"``: powers p of the bound's weight and q of the denoising error
+    :param entropy: how the entropy of the Beta keeps the policy wide: ``"bonus"``, differentiated, or ``"reward"``, as part of the
+        reward, as published
+    :param ent_coef: its coefficient
+    :param base: what the Beta's [0, 1] is: the schedule (``"uniform"``), or the mass of the swept density (``"sweep"``)
+    :param sweep_powers: powers p of the bound's weight and q of the denoising error in the swept density
     :param max_grad_norm: largest norm of the policy's gradient
     :param concentration_range: bounds of the Beta's concentrations, ``None`` for none
     :param uniform_floor: share of uniform draws
+    :param importance: power of the loss's weight ``pi(t | x0)^-importance``: 0 for none, as published, 1 to leave the expected
+        loss as under uniform times
     :param net_arch: sizes of the policy's hidden layers
     :param statistics_decay: decay of the running mean and standard deviation of the reward, at each update
     :param weighting: weight of the loss: ``"min_snr"``, ``"p2"`` or a ``LossWeighting``; ``None``: none
@@ -127,6 +132,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
     sweep_timesteps: th.Tensor
     reward_moments: th.Tensor
     terms: th.Tensor
+    cumulative: th.Tensor
     selected: th.Tensor
 
     def __init__(
@@ -141,23 +147,26 @@ class AdaptiveTimestepSampler(TimestepSampler):
         common_noise: bool = True,
         baseline: Literal["moving_average", "batch"] | None = "moving_average",
         normalize_reward: bool = True,
-        entropy: Literal["sweep", "bonus", "reward"] = "sweep",
+        entropy: Literal["bonus", "reward"] = "bonus",
         ent_coef: float = 1.0,
-        sweep_powers: tuple[float, float] = (0.25, 0.75),
+        base: Literal["uniform", "sweep"] = "sweep",
+        sweep_powers: tuple[float, float] = (0.0, 1.0),
         max_grad_norm: float = 1.0,
         concentration_range: tuple[float, float] | None = (0.2, 5.0),
         uniform_floor: float = 0.05,
+        importance: float = 0.5,
         net_arch: Sequence[int] = (32, 32),
         statistics_decay: float = 0.9,
         weighting: WeightingName | LossWeighting | None = None,
     ) -> None:
         super().__init__(weighting)
-        if baseline not in ("moving_average", "batch", None):
-            raise ValueError(f"Unknown `baseline` {baseline!r}, choose 'moving_average', 'batch' or None.")
-        if entropy not in ("sweep", "bonus", "reward"):
-            raise ValueError(f"Unknown `entropy` {entropy!r}, choose 'sweep', 'bonus' or 'reward'.")
+        _check_choice("base", base, "uniform", "sweep")
+        _check_choice("baseline", baseline, "moving_average", "batch", None)
+        _check_choice("entropy", entropy, "bonus", "reward")
         if not 0 <= uniform_floor < 1:
             raise ValueError(f"`uniform_floor` must be in [0, 1), got {uniform_floor!r}.")
+        if not 0 <= importance <= 1:
+            raise ValueError(f"`importance` must be in [0, 1], got {importance!r}.")
         if not 0 <= statistics_decay < 1:
             raise ValueError(f"`statistics_decay` must be in [0, 1), got {statistics_decay!r}.")
         if concentration_range is not None and not 0 < concentration_range[0] < concentration_range[1]:
@@ -175,9 +184,10 @@ class AdaptiveTimestepSampler(TimestepSampler):
         self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
         self.common_noise, self.baseline, self.normalize_reward = common_noise, baseline, normalize_reward
         self.entropy, self.ent_coef = entropy, float(ent_coef)
-        self.sweep_powers = sweep_powers
+        self.sweep_powers, self.base = sweep_powers, base
         self.max_grad_norm = check_positive("max_grad_norm", max_grad_norm)
         self.concentration_range, self.uniform_floor = concentration_range, uniform_floor
+        self.importance = float(importance)
         self.net_arch, self.statistics_decay = tuple(net_arch), statistics_decay
 
     @classmethod
@@ -192,8 +202,10 @@ class AdaptiveTimestepSampler(TimestepSampler):
             normalize_reward=False,
             entropy="reward",
             ent_coef=0.01,
+            base="uniform",
             concentration_range=None,
             uniform_floor=0.0,
+            importance=0.0,
             net_arch=(256, 256),
             weighting=weighting,
         )
@@ -215,6 +227,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         self.register_buffer("reward_moments", th.zeros(3, device=device))
         # Decayed sum of the swept terms
         self.register_buffer("terms", th.zeros(len(sweep), device=device))
+        # Mass of the base density up to the times of the sweep
+        self.register_buffer("cumulative", th.linspace(0, 1, len(sweep) + 1, device=device))
         # Columns of the sweep
         self.register_buffer("selected", th.arange(self.n_selected, device=device))
         self._n_steps = self._n_sweeps = 0
@@ -233,22 +247,46 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     def _draw(self, x0: th.Tensor, generator: th.Generator | None) -> Draw:
         begin = time.perf_counter()
+        beta = self.policy(x0)
         # (batch, 2): a Beta variable is the first part of a Dirichlet one, which takes a generator
-        fraction = th._sample_dirichlet(self.policy.concentrations(x0), generator)[:, 0]
+        concentrations = th.stack([beta.concentration1, beta.concentration0], dim=1)
+        fraction = self._at_mass(th._sample_dirichlet(concentrations, generator)[:, 0].contiguous())
         if self.uniform_floor > 0:
             # One uniform number says whether the floor draws, and what.
             u = th.rand(len(x0), device=x0.device, generator=generator)
             fraction = th.where(u < self.uniform_floor, u / self.uniform_floor, fraction)
+        weight = x0.new_ones(len(x0))
+        if self.importance > 0:
+            weight = (-self.importance * self._log_density(beta, fraction)).exp()
         self._seconds += time.perf_counter() - begin
-        return Draw(self.process.schedule.timesteps_at(fraction), x0.new_ones(len(x0)), fraction)
+        return Draw(self.process.schedule.timesteps_at(fraction), weight, fraction)
 
     def _log_density(self, beta: th.distributions.Beta, fraction: th.Tensor) -> th.Tensor:
         """Of the draws, with the uniform share, ``(batch,)``."""
-        log_beta: th.Tensor = beta.log_prob(fraction.clamp(EDGE, 1 - EDGE))  # type: ignore[no-untyped-call]
+        mass, log_base = self._mass(fraction)
+        log_beta: th.Tensor = beta.log_prob(mass.clamp(EDGE, 1 - EDGE)) + log_base  # type: ignore[no-untyped-call]
         if self.uniform_floor == 0:
             return log_beta
         floor = log_beta.new_tensor(math.log(self.uniform_floor))
         return th.logaddexp(log_beta + math.log1p(-self.uniform_floor), floor)
+
+    def _at_mass(self, mass: th.Tensor) -> th.Tensor:
+        """Fractions of the schedule below which the base density has the given mass, ``(batch,)``."""
+        if self.base == "uniform":
+            return mass
+        n = len(self.cumulative) - 1
+        cell = (th.searchsorted(self.cumulative, mass, right=True) - 1).clamp_(0, n - 1)
+        low, high = self.cumulative[cell], self.cumulative[cell + 1]
+        return ((cell + (mass - low) / (high - low).clamp(min=1e-12)) / n).clamp(0, 1)
+
+    def _mass(self, fraction: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Mass of the base density below the fractions, and its logarithm there, each ``(batch,)``."""
+        if self.base == "uniform":
+            return fraction, th.zeros_like(fraction)
+        n = len(self.cumulative) - 1
+        cell = (fraction * n).long().clamp_(0, n - 1)
+        low, high = self.cumulative[cell], self.cumulative[cell + 1]
+        return low + (fraction * n - cell) * (high - low), ((high - low) * n).clamp(min=1e-12).log()
 
     # ------------------------------------------------------------------ learning
 
@@ -285,6 +323,10 @@ class AdaptiveTimestepSampler(TimestepSampler):
         drop = before - self._terms(bound_terms, rows, t, noise)
         self._observe(before[:n_sweep], drop[:n_sweep])
         self._learn(x0[rewarded], fraction[rewarded], drop[n_sweep:].view(-1, self.n_selected).sum(1))
+        if self.base == "sweep":
+            # Only now: what was drawn was drawn from the old one. The errors of an untrained model are 1.
+            mass = self._swept_density(self.statistics_decay**self._n_sweeps).cumsum(0)
+            self.cumulative[1:] = mass / mass[-1]
         self._seconds += time.perf_counter() - begin
 
     @th.no_grad()
@@ -317,8 +359,6 @@ class AdaptiveTimestepSampler(TimestepSampler):
         loss = -(self._log_density(beta, fraction) * advantage).mean()
         if self.entropy == "bonus":
             loss = loss - self.ent_coef * entropy.mean()
-        elif self.entropy == "sweep":
-            loss = loss - self.ent_coef * self._likelihood(beta).mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._average_gradients()
@@ -331,15 +371,13 @@ class AdaptiveTimestepSampler(TimestepSampler):
             selected = self.process.schedule.network_time(self.selected_timesteps.sort().values)
             self._metrics |= {f"selected_{i}": time for i, time in enumerate(selected)}
 
-    def _likelihood(self, beta: th.distributions.Beta) -> th.Tensor:
-        """Mean log-likelihood of times drawn from the swept density, ``(batch,)``."""
-        weight = self.process.schedule.bound_coefficients(self.sweep_timesteps).weight
-        p = weight.pow(self.sweep_powers[0]) * (self.terms / weight).pow(self.sweep_powers[1])
-        p = p / p.sum().clamp(min=1e-30)
-        fraction = (th.arange(len(p), device=p.device) + 0.5) / len(p)
-        log_u, log_rest = (p * fraction.log()).sum(), (p * (1 - fraction).log()).sum()
-        a, b = beta.concentration1, beta.concentration0
-        return (a - 1) * log_u + (b - 1) * log_rest + th.lgamma(a + b) - th.lgamma(a) - th.lgamma(b)
+    def _swept_density(self, share_of_ones: float) -> th.Tensor:
+        """``w^p e^q`` at the times of the sweep, ``(n_sweep,)``, with a share of errors of 1; its sum is about 1."""
+        weight = self.process.schedule.bound_coefficients(self.sweep_timesteps).weight / math.log(2)
+        error = self.terms / weight + share_of_ones
+        p = weight.pow(self.sweep_powers[0]) * error.pow(self.sweep_powers[1])
+        # A little everywhere: a perfect model leaves nothing else.
+        return p / p.sum().clamp(min=1e-30) + 1e-4 / len(p)
 
     def _average_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
@@ -391,6 +429,11 @@ class AdaptiveTimestepSampler(TimestepSampler):
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self._n_steps, self._n_sweeps = state["n_steps"], state["n_sweeps"]
+
+
+def _check_choice(name: str, value: str | None, *choices: str | None) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown `{name}` {value!r}, choose {', '.join(map(repr, choices))}.")
 
 
 def most_correlated(drops: th.Tensor, n_selected: int) -> th.Tensor:
