@@ -145,6 +145,7 @@ def test_the_present_state_is_held_exactly_and_the_goal_in_every_state() -> None
             plan = model.policy.plan(flat, deterministic)
             assert th.equal(plan[:, 0], state)
             assert th.equal(plan[:, :, 2:], state[:, None, 2:].expand(-1, 4, -1))
+            assert th.equal(model.policy.encode(plan)[:, :, 2:], plan[:, :, 2:])  # a goal is no displacement
     assert model.plan(obs).shape == (6, 4, 4)
     one = {key: value[0] for key, value in obs.items()}
     assert model.plan(one).shape == (1, 4, 4)
@@ -175,7 +176,8 @@ class ExactGaussian(th.nn.Module):
 
 
 def test_with_the_exact_score_of_a_linear_gaussian_system_it_plans_the_conditional_mean() -> None:
-    model = make_planner(make_dataset(np.random.default_rng(0).normal(size=(52, 1)), lengths=(20, 30)), num_inference_steps=200)
+    dataset = make_dataset(np.random.default_rng(0).normal(size=(52, 1)), lengths=(20, 30))
+    model = make_planner(dataset, num_inference_steps=200, relative=False, prediction_type="epsilon")
     exact = ExactGaussian(model.policy.planner.process, 4, a=0.8, b=0.5, s=0.3)
     model.policy.planner.denoiser_ema.module = exact
     state = th.tensor([[-2.0], [0.0], [1.5]])
@@ -185,6 +187,23 @@ def test_with_the_exact_score_of_a_linear_gaussian_system_it_plans_the_condition
     samples = model.policy.denoise(model.policy.draw_latent(4000), state[:1].expand(4000, -1))[:, 1:, 0].double()
     th.testing.assert_close(samples.mean(0), exact.mean(state)[0], atol=0.04, rtol=0)
     th.testing.assert_close(samples.T.cov(), exact.covariance, atol=0.02, rtol=0)
+
+
+def test_displacements_have_the_units_of_the_data() -> None:
+    # Coordinate 0 is a random walk, whose displacement after n steps has the standard deviation sqrt(n); coordinate 1 stands still
+    walk = np.random.default_rng(0).normal(size=(4_001, 1)).cumsum(0)
+    dataset = make_dataset(np.concatenate([walk, np.full_like(walk, 3.0)], axis=1), lengths=(4_000,))
+    policy = make_planner(dataset, horizon=4, stride=5).policy
+    scale = policy.plan_scale * policy.normalizer.std
+    th.testing.assert_close(scale[1:, 0], th.tensor([5.0, 10.0, 15.0]).sqrt(), rtol=0.1, atol=0)
+    assert th.equal(policy.plan_scale[:, 1], th.ones(4))
+    plan = th.randn(6, 4, 2)
+    encoded = policy.encode(plan)
+    assert th.equal(encoded[:, 0], plan[:, 0])
+    th.testing.assert_close(encoded[:, 2, 0], (plan[:, 2, 0] - plan[:, 0, 0]) / policy.plan_scale[2, 0])
+    th.testing.assert_close(policy.decode(encoded), plan)
+    absolute = make_planner(dataset, relative=False).policy
+    assert absolute.encode(plan) is plan
 
 
 def test_deterministic_plans_depend_on_the_observation_alone() -> None:
@@ -201,7 +220,10 @@ def test_deterministic_plans_depend_on_the_observation_alone() -> None:
 
 def test_plans_stay_within_their_bound() -> None:
     observation = np.full((1, 2), 1e3, np.float32)
-    plans = {bound: make_planner(clip_sample=bound).policy.plan(th.as_tensor(observation)) for bound in (None, 0.5)}
+    plans = {}
+    for bound in (None, 0.5):
+        policy = make_planner(clip_sample=bound, relative=False, prediction_type="epsilon").policy
+        plans[bound] = policy.plan(th.as_tensor(observation))
     assert plans[None][:, 1:].abs().max() > 0.5
     assert plans[0.5][:, 1:].abs().max() <= 0.5
     assert th.equal(plans[0.5][:, 0], plans[None][:, 0])  # the present state is held as it is
@@ -386,7 +408,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
     model = make_planner()
     before = {name: value.clone() for name, value in model.policy.state_dict().items()}
     model.data.observations[:] = th.nan
-    with pytest.raises(NonFiniteError, match="loss is nan .*critic_loss nan.* at gradient step 1"):
+    with pytest.raises(NonFiniteError, match=r"loss is nan .*critic_loss nan.* at gradient step 1"):
         model.learn(2)
     assert_same(before, model.policy.state_dict())
 

@@ -40,7 +40,7 @@ TAKEN: tuple[str, ...] = (
     "critic",
     "train_for",
 )
-TAKEN += ("prediction_type",)
+TAKEN += ("prediction_type", "relative")
 # How it samples, which may be changed.
 SAMPLING: tuple[str, ...] = ("n_candidates", "cg_scale", "cfg_scale", "cfg_target", "num_inference_steps", "num_action_steps")
 SAMPLING += ("temperature", "clip_sample")
@@ -113,7 +113,8 @@ class PG(DiffusionPlanner):
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType = "sample",
+        relative: bool = True,
         planner: DiffusionPlanner | str | Path | None = None,
         planner_fraction: float = 0.5,
         alpha: float = 0.01,
@@ -164,6 +165,7 @@ class PG(DiffusionPlanner):
             timestep_sampler,
             clip_sample,
             prediction_type,
+            relative,
             on_nonfinite,
             _init_setup_model=False,
         )

@@ -121,7 +121,8 @@ class PGPolicy(PlannerPolicy):
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType = "sample",
+        relative: bool = True,
         squash: bool = True,
     ) -> None:
         self.prior_width, self.squash = check_count("prior_width", prior_width), squash
@@ -153,6 +154,7 @@ class PGPolicy(PlannerPolicy):
             timestep_sampler,
             clip_sample,
             prediction_type,
+            relative,
         )
         self.prior, self.prior_target = (GaussianPrior(self.obs_dim, self.latent_shape, prior_width) for _ in range(2))
         sizes = (self.obs_dim, horizon, d_model, critic_depth, head_dim)

@@ -25,6 +25,8 @@ SelfDiffusionPlanner = TypeVar("SelfDiffusionPlanner", bound="DiffusionPlanner")
 
 # How fast the target of the TD value follows.
 TD_TAU = 0.005
+# Windows that the units of a plan's steps are taken from.
+SCALE_WINDOWS = 50_000
 
 
 class Term(NamedTuple):
@@ -84,10 +86,12 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param temperature: standard deviation of the noise that actions start from, unless they are deterministic
     :param ema_decay: decay of the moving averages of the weights, which act
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
-    :param clip_sample: bound of plans while they are denoised, in standard deviations from the data's mean, ``None`` for none.
+    :param clip_sample: bound of what is denoised, in standard deviations from the data's mean, ``None`` for none.
         Without one, guidance that is strong finds noise of which the planner makes states far from all data.
-    :param prediction_type: what the denoiser of plans predicts: ``"epsilon"``, as in the papers, ``"sample"`` or
-        ``"v_prediction"``. From pure noise, an error of ``"epsilon"`` is an error 150 times as large of the plan.
+    :param prediction_type: what the denoiser of plans predicts: the plan itself (``"sample"``), ``"v_prediction"``, or
+        ``"epsilon"`` as in the papers: there, an error at pure noise is an error 150 times as large of the plan
+    :param relative: denoise displacements from the present state, each in its own standard deviation. A plan's first steps are then
+        as exact as they are short. ``False``: states, as in the papers
     :param on_nonfinite: what to do about a NaN or infinite loss or gradient: ``"raise"``, or ``"skip"``: leave out the gradient
         step and count it in ``n_skipped``
     :param _init_setup_model: build the networks at once
@@ -131,7 +135,8 @@ class DiffusionPlanner(OfflineAlgorithm):
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType = "sample",
+        relative: bool = True,
         on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
@@ -146,7 +151,8 @@ class DiffusionPlanner(OfflineAlgorithm):
         self.cfg_scale, self.cfg_target, self.cfg_dropout = cfg_scale, cfg_target, cfg_dropout
         self.num_inference_steps, self.num_action_steps = num_inference_steps, num_action_steps
         self.temperature, self.ema_decay = temperature, ema_decay
-        self.timestep_sampler, self.clip_sample, self.prediction_type = timestep_sampler, clip_sample, prediction_type
+        self.timestep_sampler, self.clip_sample = timestep_sampler, clip_sample
+        self.prediction_type, self.relative = prediction_type, relative
         super().__init__(
             policy,
             env,
@@ -173,6 +179,9 @@ class DiffusionPlanner(OfflineAlgorithm):
             low, high = values.min(), values.max()
             self.policy.value_center.copy_((low + high) / 2)
             self.policy.value_scale.copy_((high - low) / 2 if high > low else th.ones(()))
+            n = len(values)
+            some = th.linspace(0, n - 1, min(n, SCALE_WINDOWS), dtype=th.float64, device=self.device).long()
+            self.policy.fit_plan_scale(self.policy.normalizer.normalize(self.data.gather(some, self.horizon, self.stride).windows))
 
     def _check_arguments(self) -> None:
         self.horizon, self.stride = check_count("horizon", self.horizon), check_count("stride", self.stride)
@@ -191,7 +200,7 @@ class DiffusionPlanner(OfflineAlgorithm):
     def _policy_arguments(self) -> dict[str, Any]:
         names = ["horizon", "critic", "guidance", "train_for", "n_candidates", "cg_scale", "cfg_scale", "cfg_target"]
         names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "timestep_sampler", "clip_sample"]
-        names += ["prediction_type"]
+        names += ["prediction_type", "relative"]
         return {**self.policy_kwargs, **{name: getattr(self, name) for name in names}}
 
     def _prepare_data(self, dataset: OfflineDataset) -> Data:
@@ -285,7 +294,7 @@ class DiffusionPlanner(OfflineAlgorithm):
 
     def _planner_loss(self, batch: Batch) -> Term:
         """Mean squared error of the planner's noise, weighted by the windows' values if ``value_weight`` says so."""
-        policy, windows, generator = self.policy, batch.windows, self.generator
+        policy, windows, generator = self.policy, self.policy.encode(batch.windows), self.generator
         t, weight = policy.timestep_sampler.sample(windows, generator)
         noise = th.randn(windows.shape, device=self.device, generator=generator)
         condition: tuple[th.Tensor, ...] = ()
@@ -333,7 +342,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         """Squared error of the value predicted from noisy windows, for ``"cg"``."""
         t = self.policy.planner.process.schedule.sample_timesteps(self.batch_size, self.generator)
         noise = th.randn(batch.windows.shape, device=self.device, generator=self.generator)
-        loss = self.policy.noisy_critic_loss(batch.windows, batch.values, t, noise).mean()
+        loss = self.policy.noisy_critic_loss(self.policy.encode(batch.windows), batch.values, t, noise).mean()
         return Term(loss, {"noisy_critic_loss": loss.detach()})
 
     def learn(

@@ -33,6 +33,8 @@ from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 CriticName = Literal["horizon", "td"]
 
+# Displacements of a smaller standard deviation, in those of the observations, do not set a unit.
+MIN_DISPLACEMENT = 1e-3
 # Noise levels that the inverse dynamics is trained at.
 ACTION_TIMESTEPS = 50
 
@@ -134,11 +136,13 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     :param cfg_scale: weight of the conditioned model in ``"cfg"``: 1 conditions, more extrapolates
     :param cfg_target: scaled value, in [-1, 1], that ``"cfg"`` asks for
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on: a name or an object; each has its own
-    :param clip_sample: bound of plans, in standard deviations from the data's mean, ``None`` for none
+    :param clip_sample: bound of what is denoised, see ``DiffusionPlanner``
     :param prediction_type: what the denoiser of plans predicts, see ``DiffusionPlanner``
+    :param relative: denoise displacements, see ``DiffusionPlanner``
     """
 
     fixed_mask: th.Tensor
+    plan_scale: th.Tensor
     value_center: th.Tensor
     value_scale: th.Tensor
 
@@ -170,7 +174,8 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType = "sample",
+        relative: bool = True,
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class, optimizer_kwargs)
         self.d_model, self.depth, self.critic_depth, self.head_dim = d_model, depth, critic_depth, head_dim
@@ -183,7 +188,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         #: Entries of an observation that a plan changes; a goal stays.
         self.free_dim = self.obs_dim - self.flatten.goal_dim
         self.latent_shape = (horizon - 1, self.free_dim)
-        self.clip_sample, self.prediction_type = clip_sample, prediction_type
+        self.clip_sample, self.prediction_type, self.relative = clip_sample, prediction_type, relative
         self._make_networks()
         self._guidances = self._make_guidances()
         self.guidance = guidance
@@ -197,6 +202,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         fixed_mask = th.ones(self.horizon, self.obs_dim, dtype=th.bool)
         fixed_mask[1:, : self.free_dim] = False
         self.register_buffer("fixed_mask", fixed_mask, persistent=False)
+        self.register_buffer("plan_scale", th.ones(self.horizon, self.obs_dim))
         self.register_buffer("value_center", th.zeros(()))
         self.register_buffer("value_scale", th.ones(()))
         sizes = (self.d_model, self.critic_depth, self.head_dim)
@@ -260,6 +266,29 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
             )
         self._guidance = name
 
+    # ------------------------------------------------------------------ what is denoised
+
+    def fit_plan_scale(self, windows: th.Tensor) -> None:
+        """Take the standard deviation of the displacement at each step from windows.
+
+        :param windows: standardised, ``(n, horizon, obs_dim)``
+        """
+        std = (windows - windows[:, :1]).std(dim=0)
+        # What never moves keeps its unit
+        self.plan_scale.copy_(th.where(self.fixed_mask | (std < MIN_DISPLACEMENT), 1.0, std))
+
+    def encode(self, plan: th.Tensor) -> th.Tensor:
+        """What is denoised: with ``relative``, displacements from the present state in their own standard deviations.
+
+        :param plan: standardised, ``(batch, horizon, obs_dim)``
+        :return: of the same shape; the present state and the goal are as they were
+        """
+        return th.where(self.fixed_mask, plan, (plan - plan[:, :1]) / self.plan_scale) if self.relative else plan
+
+    def decode(self, encoded: th.Tensor) -> th.Tensor:
+        """The plan, standardised, that ``encode()`` makes ``encoded`` of."""
+        return th.where(self.fixed_mask, encoded, encoded * self.plan_scale + encoded[:, :1]) if self.relative else encoded
+
     # ------------------------------------------------------------------ losses
 
     def planner_loss(
@@ -267,7 +296,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     ) -> th.Tensor:
         """Denoising loss of plans, whose first state stays clean, ``(batch,)``.
 
-        :param windows: standardised, ``(batch, horizon, obs_dim)``
+        :param windows: encoded, ``(batch, horizon, obs_dim)``
         :param t: diffusion times, ``(batch,)``
         :param noise: standard normal, ``(batch, horizon, obs_dim)``
         :param cond: scaled values, ``(batch, 1)``, if the model is trained for ``"cfg"``
@@ -329,12 +358,13 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         :param guidance: gradient added to the score
         :return: plans, standardised, ``(batch, horizon, obs_dim)``
         """
+        # Present state and goal are the same encoded
         start = self.join(latent, state)
         n_steps = num_inference_steps or self.num_inference_steps
         fixed = Fixed(self.fixed_mask, state[:, None].expand_as(start))
         if denoise is None:
-            return self.planner.sample(start, None, n_steps, fixed=fixed, guidance=guidance)
-        return self.planner.process.sample(denoise, start, n_steps, fixed=fixed, guidance=guidance)
+            return self.decode(self.planner.sample(start, None, n_steps, fixed=fixed, guidance=guidance))
+        return self.decode(self.planner.process.sample(denoise, start, n_steps, fixed=fixed, guidance=guidance))
 
     def value(self, plan: th.Tensor) -> th.Tensor:
         """The critic's value of plans, scaled so that the dataset's are in [-1, 1].
@@ -381,7 +411,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         names = ["d_model", "depth", "critic_depth", "head_dim", "time_embedding_dim", "net_arch", "activation_fn", "horizon"]
         names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "guidance", "train_for", "n_candidates"]
-        names += ["cg_scale", "cfg_scale", "cfg_target", "timestep_sampler", "clip_sample", "prediction_type"]
+        names += ["cg_scale", "cfg_scale", "cfg_target", "timestep_sampler", "clip_sample", "prediction_type", "relative"]
         own = {name: getattr(self, name) for name in names}
         return {**super()._get_constructor_parameters(), **own, "critic": self.critic_name}
 
