@@ -24,9 +24,10 @@ def make(name: str) -> Any:
     if name == "diffusion_bc":
         kwargs = {"net_arch": [4], "time_embedding_dim": 4}
         sampler = "loss_second_moment+min_snr"
-        return DiffusionBC(
-            "MlpPolicy", dataset=tiny_dataset(), batch_size=4, timestep_sampler=sampler, policy_kwargs=kwargs, seed=0, device="cpu"
+        model = DiffusionBC(
+            "MlpPolicy", dataset=tiny_dataset(), batch_size=16, timestep_sampler=sampler, policy_kwargs=kwargs, seed=0, device="cpu"
         )
+        return model.learn(1000)  # its actions leave the bounds
     settings: dict[str, Any] = {"buffer_size": 50, "batch_size": 8, "learning_starts": 5, "n_langevin_steps": 2}
     settings |= {"learning_rate": CosineSchedule(1e-3), "policy_kwargs": {"net_arch": [4], "activation_fn": th.nn.ReLU}}
     return NCLQL("MlpPolicy", box_env(), **settings, seed=0, device="cpu").learn(20)
