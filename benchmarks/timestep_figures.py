@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "timesteps"
 FIGURES, TABLES = ROOT / "docs" / "figures", ROOT / "docs" / "tables"
 
+BUDGET_LABELS = ("adaptive", "loss_second_moment", "speed")
+
 Rows = list[dict[str, str]]
 Runs = dict[str, dict[str, dict[int, Rows]]]  # task: label: seed: rows
 
@@ -88,7 +90,9 @@ def comparison_table(by_label: dict[str, dict[int, Rows]]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for label, curves in sorted(by_label.items(), key=lambda item: np.mean([last(rows, "bound") for rows in item[1].values()])):
         shares = share_of_steps(curves, by_label["uniform"])
-        judged = [float(value) for rows in curves.values() if (value := rows[-1].get("frechet_clipped"))]
+        # A distance says something beside uniform's alone
+        compared = all(rows[-1].get("frechet_clipped") for rows in by_label["uniform"].values())
+        judged = [float(value) for rows in curves.values() if compared and (value := rows[-1].get("frechet_clipped"))]
         timed = label in cost and not np.isinf(shares).any()
         cells = [
             label,
@@ -104,6 +108,19 @@ def comparison_table(by_label: dict[str, dict[int, Rows]]) -> str:
         f"{steps:,} steps; means and 95% intervals over seeds. Time: share of steps times the cost of a step in the overhead table."
     )
     return "\n".join([*lines, "", note]) + "\n"
+
+
+def budget_table(by_label: dict[str, dict[int, Rows]]) -> str:
+    """Share of uniform's steps, had the budget been shorter: nothing in the training depends on its length."""
+    lines = ["| budget, steps | uniform's bound | " + " | ".join(BUDGET_LABELS) + " |", "|---|---|" + "---|" * len(BUDGET_LABELS)]
+    uniform = by_label["uniform"]
+    steps = [int(row["step"]) for row in next(iter(uniform.values()))]
+    for budget in steps[3::4]:
+        short = {seed: [row for row in rows if int(row["step"]) <= budget] for seed, rows in uniform.items()}
+        cells = [str(budget), spread([last(rows, "bound") for rows in short.values()])]
+        cells += [text_of_shares(share_of_steps(by_label[label], short)) for label in BUDGET_LABELS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def cell_table(runs: Runs, first: str) -> str:
@@ -154,12 +171,20 @@ def divergence_table(by_label: dict[str, dict[int, Rows]]) -> str:
 
 def overhead_table() -> str:
     described: dict[str, Any] = json.loads((RESULTS / "overhead.json").read_text())
-    lines = ["| sampler | ms a step | over uniform |", "|---|---|---|"]
-    for label, ratio in described["results"]["over_uniform"].items():
-        lines.append(f"| {label} | {described['results']['median_ms'][label]:.2f} | {ratio:.3f} |")
+    results = described["results"]
+    blocks: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in read(RESULTS / "overhead.csv"):
+        blocks[row["sampler"]][row["block"]] = float(row["ms"])
+    lines = ["| sampler | ms a step | seconds over uniform's | quartiles | operations over uniform's |", "|---|---|---|---|---|"]
+    for label, ratio in results["over_uniform"].items():
+        low, high = np.percentile([ms / blocks["uniform"][block] for block, ms in blocks[label].items()], [25, 75])
+        cells = [label, f"{results['median_ms'][label]:.2f}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
+        cells.append(f"{results['operations_over_uniform'][label]:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     note = (
-        f"T = 1000, minibatches of {described['arguments']['batch']}, one thread of {described['hardware']['processor']}; medians; "
-        "the ratio is to uniform's of the same 80 steps."
+        f"T = 1000, minibatches of {described['arguments']['batch']}, one thread of {described['hardware']['processor']}; medians "
+        f"over {len(blocks['uniform'])} blocks of 40 steps; the ratio is to uniform's of the same block. Operations: the "
+        "floating-point operations of 40 steps."
     )
     return "\n".join([*lines, "", note]) + "\n"
 
@@ -221,6 +246,7 @@ def main() -> None:
         curves_figure(by_label, FIGURES / "timesteps-curves.png")
         density_figure(by_label, FIGURES / "timesteps-density.png")
         (TABLES / "timesteps-compare.md").write_text(comparison_table(by_label))
+        (TABLES / "timesteps-budgets.md").write_text(budget_table(by_label))
     for name, first in (("robustness", "data, network, schedule"), ("long", "data, network, schedule")):
         if runs := load(name):
             (TABLES / f"timesteps-{name}.md").write_text(cell_table(runs, first))
