@@ -247,9 +247,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     def _draw(self, x0: th.Tensor, generator: th.Generator | None) -> Draw:
         begin = time.perf_counter()
-        beta = self.policy(x0)
+        concentrations = self.policy.concentrations(x0)
         # (batch, 2): a Beta variable is the first part of a Dirichlet one, which takes a generator
-        concentrations = th.stack([beta.concentration1, beta.concentration0], dim=1)
         fraction = self._at_mass(th._sample_dirichlet(concentrations, generator)[:, 0].contiguous())
         if self.uniform_floor > 0:
             # One uniform number says whether the floor draws, and what.
@@ -257,14 +256,16 @@ class AdaptiveTimestepSampler(TimestepSampler):
             fraction = th.where(u < self.uniform_floor, u / self.uniform_floor, fraction)
         weight = x0.new_ones(len(x0))
         if self.importance > 0:
-            weight = (-self.importance * self._log_density(beta, fraction)).exp()
+            weight = (-self.importance * self._log_density(concentrations, fraction)).exp()
         self._seconds += time.perf_counter() - begin
         return Draw(self.process.schedule.timesteps_at(fraction), weight, fraction)
 
-    def _log_density(self, beta: th.distributions.Beta, fraction: th.Tensor) -> th.Tensor:
-        """Of the draws, with the uniform share, ``(batch,)``."""
+    def _log_density(self, concentrations: th.Tensor, fraction: th.Tensor) -> th.Tensor:
+        """Of the draws, with the uniform share, ``(batch,)``. Concentrations ``(batch, 2)``."""
         mass, log_base = self._mass(fraction)
-        log_beta: th.Tensor = beta.log_prob(mass.clamp(EDGE, 1 - EDGE)) + log_base  # type: ignore[no-untyped-call]
+        # (batch, 2)
+        parts = th.stack([mass, 1 - mass], dim=1).clamp(min=EDGE)
+        log_beta = ((concentrations - 1) * parts.log() - concentrations.lgamma()).sum(1) + concentrations.sum(1).lgamma() + log_base
         if self.uniform_floor == 0:
             return log_beta
         floor = log_beta.new_tensor(math.log(self.uniform_floor))
@@ -356,7 +357,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
             advantage = reward - (mean if self.baseline == "moving_average" else moments[1])
         if self.normalize_reward:
             advantage = advantage / std.clamp(min=1e-12)
-        loss = -(self._log_density(beta, fraction) * advantage).mean()
+        concentrations = th.stack([beta.concentration1, beta.concentration0], dim=1)
+        loss = -(self._log_density(concentrations, fraction) * advantage).mean()
         if self.entropy == "bonus":
             loss = loss - self.ent_coef * entropy.mean()
         self.optimizer.zero_grad()
@@ -365,9 +367,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.optimizer.step()
         with th.no_grad():
-            concentrations = beta.concentration1.mean(), beta.concentration0.mean()
             self._metrics = {"reward": moments[1], "reward_std": std, "entropy": entropy.mean()}
-            self._metrics |= {"alpha": concentrations[0], "beta": concentrations[1]}
+            self._metrics |= {"alpha": beta.concentration1.mean(), "beta": beta.concentration0.mean()}
             selected = self.process.schedule.network_time(self.selected_timesteps.sort().values)
             self._metrics |= {f"selected_{i}": time for i, time in enumerate(selected)}
 
