@@ -1,7 +1,7 @@
 """Timestep samplers: held-out variational bound against training steps.
 
     python benchmarks/timesteps.py compare                      digits, every sampler, five seeds
-    python benchmarks/timesteps.py long                         uniform and adaptive, minibatches of 128, three times as many steps
+    python benchmarks/timesteps.py long                         uniform and adaptive, twice as many steps
     python benchmarks/timesteps.py robustness --seeds 0 1 2     three schedules, two networks, two data sets; smaller and shorter
     python benchmarks/timesteps.py ablation --seeds 0 1 2       the adaptive sampler with one improvement taken back at a time
     python benchmarks/timesteps.py divergence --seeds ...       short runs
@@ -317,7 +317,7 @@ def main() -> None:
         run(folder, Task(), named | args.variants, args.seeds, args.steps or 4000, 250, 5)
     elif args.command == "long":
         longest = dict.fromkeys(args.samplers or ("uniform", "adaptive"))
-        run(folder, Task(batch=128), longest | args.variants, args.seeds, args.steps or 12_000, 500, 5)
+        run(folder, Task(), longest | args.variants, args.seeds, args.steps or 8000, 500, 5)
     elif args.command == "robustness":
         for data, arch, schedule in itertools.product(args.data, args.arch, args.schedules):
             task = Task(data, arch, schedule, batch=32, width=64)
