@@ -12,13 +12,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LogNorm
 from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "timesteps"
 FIGURES, TABLES = ROOT / "docs" / "figures", ROOT / "docs" / "tables"
-
-BUDGET_LABELS = ("adaptive", "loss_second_moment", "speed")
 
 Rows = list[dict[str, str]]
 Runs = dict[str, dict[str, dict[int, Rows]]]  # task: label: seed: rows
@@ -110,15 +109,19 @@ def comparison_table(by_label: dict[str, dict[int, Rows]]) -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def budget_table(by_label: dict[str, dict[int, Rows]]) -> str:
+def budget_table(by_label: dict[str, dict[int, Rows]], labels: tuple[str, ...], every: int) -> str:
     """Share of uniform's steps, had the budget been shorter: nothing in the training depends on its length."""
-    lines = ["| budget, steps | uniform's bound | " + " | ".join(BUDGET_LABELS) + " |", "|---|---|" + "---|" * len(BUDGET_LABELS)]
+    lines = ["| budget, steps | seeds | uniform's bound | " + " | ".join(labels) + " |", "|---|---|---|" + "---|" * len(labels)]
     uniform = by_label["uniform"]
-    steps = [int(row["step"]) for row in next(iter(uniform.values()))]
-    for budget in steps[3::4]:
-        short = {seed: [row for row in rows if int(row["step"]) <= budget] for seed, rows in uniform.items()}
-        cells = [str(budget), spread([last(rows, "bound") for rows in short.values()])]
-        cells += [text_of_shares(share_of_steps(by_label[label], short)) for label in BUDGET_LABELS]
+    longest = int(max(last(rows, "step") for rows in uniform.values()))
+    for budget in range(every, longest + 1, every):
+        short = {
+            seed: [row for row in rows if int(row["step"]) <= budget]
+            for seed, rows in uniform.items()
+            if last(rows, "step") >= budget
+        }
+        cells = [f"{budget:,}", str(len(short)), spread([last(rows, "bound") for rows in short.values()])]
+        cells += [text_of_shares(share_of_steps(by_label[label], short)) for label in labels]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -209,7 +212,7 @@ def density_figure(by_label: dict[str, dict[int, Rows]], path: Path) -> None:
     density = np.array([[float(value) for value in row["density"].split()] for row in rows])
     end = int(rows[-1]["step"])
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    image = axes.imshow(density.T, origin="lower", aspect="auto", extent=(0, end, 0, 1000), cmap="viridis", vmin=0.5, vmax=2)
+    image = axes.imshow(density.T, origin="lower", aspect="auto", extent=(0, end, 0, 1000), cmap="viridis", norm=LogNorm(0.2, 5))
     selected = [(int(row["step"]), int(t)) for row in rows for t in row["selected"].split()]
     width = end / len(rows)
     axes.plot(
@@ -246,10 +249,11 @@ def main() -> None:
         curves_figure(by_label, FIGURES / "timesteps-curves.png")
         density_figure(by_label, FIGURES / "timesteps-density.png")
         (TABLES / "timesteps-compare.md").write_text(comparison_table(by_label))
-        (TABLES / "timesteps-budgets.md").write_text(budget_table(by_label))
-    for name, first in (("robustness", "data, network, schedule"), ("long", "data, network, schedule")):
-        if runs := load(name):
-            (TABLES / f"timesteps-{name}.md").write_text(cell_table(runs, first))
+        (TABLES / "timesteps-budgets.md").write_text(budget_table(by_label, ("adaptive", "loss_second_moment", "speed"), 1000))
+    if runs := load("robustness"):
+        (TABLES / "timesteps-robustness.md").write_text(cell_table(runs, "data, network, schedule"))
+    for by_label in load("long").values():
+        (TABLES / "timesteps-long.md").write_text(budget_table(by_label, ("adaptive",), 2000))
     for by_label in load("ablation").values():
         (TABLES / "timesteps-ablation.md").write_text(ablation_table(by_label))
     for by_label in load("divergence").values():
