@@ -21,7 +21,7 @@ EDGE = 1e-4
 
 
 class BetaPolicy(nn.Module):
-    """Concentrations of a Beta distribution over the schedule, from the data.
+    """Concentrations of a Beta distribution, from the data.
 
     Images ``(channels, height, width)`` go through three blocks of convolution and pooling first; vectors, and trajectories
     ``(length, dim)``, are flattened. It starts near the uniform distribution, whatever the data.
