@@ -22,6 +22,7 @@ from scipy import stats
 SOURCE = RESULTS / "planning"
 # The time limits of the mazes.
 EPISODE_STEPS = {"umaze": 300, "medium": 600}
+LOCOMOTION = ("halfcheetah-medium", "halfcheetah-medium-replay")
 LABELS = {
     "controller": "controller, no noise",
     "bc": "DiffusionBC",
@@ -41,11 +42,15 @@ def load(task: str) -> dict[str, dict[int, Columns]]:
     found: dict[str, dict[int, Columns]] = defaultdict(dict)
     for method in LABELS:
         for path in sorted(SOURCE.glob(f"{task}-s[0-9]-{method}.csv")):
-            with path.open() as file:
-                rows = list(csv.DictReader(file))
-            seed = int(path.stem.removeprefix(f"{task}-s")[0])
-            found[method][seed] = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+            found[method][int(path.stem.removeprefix(f"{task}-s")[0])] = read(path)
     return found
+
+
+def read(path: Path) -> Columns:
+    """The columns of a CSV of episodes."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
 
 def interval(seeds: dict[int, Columns], column: str) -> tuple[float, float]:
@@ -83,6 +88,28 @@ def table(task: str, results: dict[str, dict[int, Columns]]) -> str:
         "",
         f"Training took {np.mean(trained):.0f} s of CPU time a seed. {described['hardware']['processor']}, one thread; {versions}.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def denoised_table() -> str:
+    """Markdown table of what the planner denoises and predicts, on umaze."""
+    rows = {
+        ("states", "the noise (the papers)"): "umaze",
+        ("states", "the plan"): "umaze-sample",
+        ("displacements", "the noise"): "umaze-displacements-epsilon",
+        ("displacements", "the plan"): "umaze-displacements",
+    }
+    head = ["denoises", "predicts", "seed", "episodes", "mean: return", "that latches", "success", "sample: return", "success"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (denoises, predicts), task in rows.items():
+        for path in sorted(SOURCE.glob(f"{task}-s[0-9]*-pg.csv")):
+            columns = read(path)
+            cells = [denoises, predicts, path.stem.removeprefix(f"{task}-s").removesuffix("-pg"), str(len(columns["return"]))]
+            cells += [f"{columns[name].mean():.0f}" for name in ("return", "latched")] + [f"{columns['success'].mean():.0%}"]
+            sampled = path.with_name(path.name.replace("-pg.csv", "-pg-sampled.csv"))
+            drawn = read(sampled) if sampled.exists() else None
+            cells += ["", ""] if drawn is None else [f"{drawn['return'].mean():.0f}", f"{drawn['success'].mean():.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,10 +164,11 @@ def main() -> None:
     for path in sorted(SOURCE.glob("*-s0.json")):
         task = path.stem.removesuffix("-s0")
         results = load(task)
-        if not results:
+        if task not in (*EPISODE_STEPS, *LOCOMOTION) or not results:
             continue
         (TABLES / f"planning-{task}.md").write_text(table(task, results))
         value_figure(results, FIGURES / f"planning-{task}-value.png")
+    (TABLES / "planning-denoised.md").write_text(denoised_table())
     for path in sorted(SOURCE.glob("*-paths.json")):
         paths_figure(path, FIGURES / f"planning-{path.stem}.png")
 

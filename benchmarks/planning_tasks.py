@@ -37,9 +37,15 @@ class Task(NamedTuple):
 
 _MAZE = PRESETS["pointmaze"]["cpu"]
 _FAR = {**_MAZE, "horizon": 12, "stride": 20}
+_RELATIVE, _PLAN = {"relative": True}, {"prediction_type": "sample"}
 _RUN = PRESETS["locomotion"]["cpu"]
 TASKS = {
     "umaze": Task("sb3-diffrl/pointmaze/umaze-v0", True, _MAZE, 4_000, 2_000),
+    "umaze-far": Task("sb3-diffrl/pointmaze/umaze-v0", True, _FAR, 4_000, 2_000),
+    # What the planner denoises and predicts
+    "umaze-displacements": Task("sb3-diffrl/pointmaze/umaze-v0", True, {**_MAZE, **_RELATIVE, **_PLAN}, 4_000, 2_000),
+    "umaze-displacements-epsilon": Task("sb3-diffrl/pointmaze/umaze-v0", True, {**_MAZE, **_RELATIVE}, 4_000, 2_000),
+    "umaze-sample": Task("sb3-diffrl/pointmaze/umaze-v0", True, {**_MAZE, **_PLAN}, 4_000, 2_000),
     "medium": Task("sb3-diffrl/pointmaze/medium-v0", True, _FAR, 4_000, 2_000),
     "umaze-goal": Task("sb3-diffrl/pointmaze/umaze-v0", False, _MAZE, 4_000, 2_000),
     "medium-goal": Task("sb3-diffrl/pointmaze/medium-v0", False, _FAR, 4_000, 2_000),

@@ -130,11 +130,13 @@ def test_values_are_scaled_to_the_datasets_range() -> None:
 # ---------------------------------------------------------------------- planning
 
 
-def test_the_present_state_is_held_exactly_and_the_goal_in_every_state() -> None:
+@pytest.mark.parametrize(("relative", "prediction_type"), [(False, "epsilon"), (True, "sample"), (True, "v_prediction")])
+def test_the_present_state_is_held_exactly_and_the_goal_in_every_state(relative: bool, prediction_type: str) -> None:
     box = spaces.Box(-np.inf, np.inf, (2,))
     space = spaces.Dict({"observation": box, "achieved_goal": box, "desired_goal": box})
     rng = np.random.default_rng(0)
-    model = make_planner(make_dataset(rng.normal(size=(52, 4)), lengths=(20, 30), space=space), train_for=("cg", "cfg"))
+    data = make_dataset(rng.normal(size=(52, 4)), lengths=(20, 30), space=space)
+    model = make_planner(data, train_for=("cg", "cfg"), relative=relative, prediction_type=prediction_type)
     model.learn(3)
     obs = {key: rng.normal(size=(6, 2)).astype(np.float32) for key in space.spaces}
     flat = th.as_tensor(np.concatenate([obs["observation"], obs["desired_goal"]], axis=1))
@@ -177,7 +179,7 @@ class ExactGaussian(th.nn.Module):
 
 def test_with_the_exact_score_of_a_linear_gaussian_system_it_plans_the_conditional_mean() -> None:
     dataset = make_dataset(np.random.default_rng(0).normal(size=(52, 1)), lengths=(20, 30))
-    model = make_planner(dataset, num_inference_steps=200, relative=False, prediction_type="epsilon")
+    model = make_planner(dataset, num_inference_steps=200)
     exact = ExactGaussian(model.policy.planner.process, 4, a=0.8, b=0.5, s=0.3)
     model.policy.planner.denoiser_ema.module = exact
     state = th.tensor([[-2.0], [0.0], [1.5]])
@@ -193,7 +195,7 @@ def test_displacements_have_the_units_of_the_data() -> None:
     # Coordinate 0 is a random walk, whose displacement after n steps has the standard deviation sqrt(n); coordinate 1 stands still
     walk = np.random.default_rng(0).normal(size=(4_001, 1)).cumsum(0)
     dataset = make_dataset(np.concatenate([walk, np.full_like(walk, 3.0)], axis=1), lengths=(4_000,))
-    policy = make_planner(dataset, horizon=4, stride=5).policy
+    policy = make_planner(dataset, horizon=4, stride=5, relative=True).policy
     scale = policy.plan_scale * policy.normalizer.std
     th.testing.assert_close(scale[1:, 0], th.tensor([5.0, 10.0, 15.0]).sqrt(), rtol=0.1, atol=0)
     assert th.equal(policy.plan_scale[:, 1], th.ones(4))
@@ -202,7 +204,7 @@ def test_displacements_have_the_units_of_the_data() -> None:
     assert th.equal(encoded[:, 0], plan[:, 0])
     th.testing.assert_close(encoded[:, 2, 0], (plan[:, 2, 0] - plan[:, 0, 0]) / policy.plan_scale[2, 0])
     th.testing.assert_close(policy.decode(encoded), plan)
-    absolute = make_planner(dataset, relative=False).policy
+    absolute = make_planner(dataset).policy
     assert absolute.encode(plan) is plan
 
 
@@ -222,7 +224,7 @@ def test_plans_stay_within_their_bound() -> None:
     observation = np.full((1, 2), 1e3, np.float32)
     plans = {}
     for bound in (None, 0.5):
-        policy = make_planner(clip_sample=bound, relative=False, prediction_type="epsilon").policy
+        policy = make_planner(clip_sample=bound).policy
         plans[bound] = policy.plan(th.as_tensor(observation))
     assert plans[None][:, 1:].abs().max() > 0.5
     assert plans[0.5][:, 1:].abs().max() <= 0.5

@@ -121,8 +121,8 @@ class PGPolicy(PlannerPolicy):
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
-        prediction_type: PredictionType = "sample",
-        relative: bool = True,
+        prediction_type: PredictionType = "epsilon",
+        relative: bool = False,
         squash: bool = True,
     ) -> None:
         self.prior_width, self.squash = check_count("prior_width", prior_width), squash

@@ -88,10 +88,10 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
     :param clip_sample: bound of what is denoised, in standard deviations from the data's mean, ``None`` for none.
         Without one, guidance that is strong finds noise of which the planner makes states far from all data.
-    :param prediction_type: what the denoiser of plans predicts: the plan itself (``"sample"``), ``"v_prediction"``, or
-        ``"epsilon"`` as in the papers: there, an error at pure noise is an error 150 times as large of the plan
-    :param relative: denoise displacements from the present state, each in its own standard deviation. A plan's first steps are then
-        as exact as they are short. ``False``: states, as in the papers
+    :param prediction_type: what the denoiser of plans predicts: ``"epsilon"`` as in the papers, where an error at pure noise is an
+        error 150 times as large of the plan, the plan itself (``"sample"``), or ``"v_prediction"``
+    :param relative: denoise displacements from the present state, each in its own standard deviation, so that a plan's first steps
+        are as exact as they are short, rather than states (the papers)
     :param on_nonfinite: what to do about a NaN or infinite loss or gradient: ``"raise"``, or ``"skip"``: leave out the gradient
         step and count it in ``n_skipped``
     :param _init_setup_model: build the networks at once
@@ -135,8 +135,8 @@ class DiffusionPlanner(OfflineAlgorithm):
         ema_decay: float = 0.9999,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
-        prediction_type: PredictionType = "sample",
-        relative: bool = True,
+        prediction_type: PredictionType = "epsilon",
+        relative: bool = False,
         on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:

@@ -174,8 +174,8 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         cfg_target: float = 1.0,
         timestep_sampler: str | TimestepSampler = "uniform",
         clip_sample: float | None = None,
-        prediction_type: PredictionType = "sample",
-        relative: bool = True,
+        prediction_type: PredictionType = "epsilon",
+        relative: bool = False,
     ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class, optimizer_kwargs)
         self.d_model, self.depth, self.critic_depth, self.head_dim = d_model, depth, critic_depth, head_dim

@@ -46,9 +46,7 @@ def make_dataset(
     """
     if dataset_id not in DATASET_IDS:
         nearest = get_close_matches(dataset_id, DATASET_IDS, n=3, cutoff=0.0)
-        raise ValueError(
-            f"No maker for {dataset_id!r}. Nearest: {', '.join(nearest)}. All: `sb3-diffrl dataset list`"
-        )
+        raise ValueError(f"No maker for {dataset_id!r}. Nearest: {', '.join(nearest)}. All: `sb3-diffrl dataset list`")
     if n_steps is not None and n_steps < 1:
         raise ValueError(f"`n_steps` must be positive, it is {n_steps}.")
     target = dataset_id.replace("-v0", "-quick-v0") if quick else dataset_id
