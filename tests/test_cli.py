@@ -286,6 +286,15 @@ def test_a_missing_extra_says_how_to_install_it() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_renderer_that_is_not_installed_is_named(run: Path, tmp_path: Path) -> None:
+    words = ["record", str(run), "-n", "1", "-o", str(tmp_path / "films")]
+    code = f"import sys; sys.modules['pygame'] = None; from sb3_diffrl.cli import main; sys.exit(main({words}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "error: pygame is not installed" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_configuration_that_runs_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "mine.yml"
     config.write_text("Pendulum-v1: {n_timesteps: 10, policy: MlpPolicy, env_wrapper: subprocess.Popen}\n")

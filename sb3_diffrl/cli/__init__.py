@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from gymnasium.error import DependencyNotInstalled
+
 from sb3_diffrl.cli.arguments import Parser, Subparsers
 
 __all__ = ["main", "make_parser"]
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
         # The reader of our output has gone, as `| head` does; nothing more may be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, DependencyNotInstalled) as error:
         if args.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
