@@ -11,7 +11,7 @@ import h5py
 import minari
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
-from h5py import h5d, h5g, h5l, h5o, h5t
+from h5py import h5d, h5g, h5l, h5o, h5s, h5t
 
 from sb3_diffrl.offline.environments import check_env_spec
 from sb3_diffrl.saving.allowed import NUMPY_TYPES
@@ -85,9 +85,10 @@ def _check_space(node: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------- episodes
 
 
-def check_episodes(source: minari.MinariDataset, indices: Sequence[int] | np.ndarray) -> Generator[None]:
+def check_episodes(source: minari.MinariDataset, indices: Sequence[int] | np.ndarray) -> Generator[dict[str, Any] | None]:
     """Check episodes of a dataset, one at each step of the iterator, right before it is read.
 
+    :return: what an episode's group holds, opened (h5py's ``DatasetID``, or dictionaries of them); ``None`` if it is not in hdf5
     :raises ValueError: at the first that leads to other files, holds what is no number or text, or would be much larger in memory
         than on disk
     """
@@ -102,34 +103,37 @@ def check_episodes(source: minari.MinariDataset, indices: Sequence[int] | np.nda
             if file.is_file() and file.name != "metadata.json":
                 _check_arrow(file, memory_limit(n_bytes))
     for _ in indices:
-        yield
+        yield None
 
 
-def _check_hdf5(path: Path, indices: Iterable[int], n_bytes: int) -> Generator[None]:
+def _check_hdf5(path: Path, indices: Iterable[int], n_bytes: int) -> Generator[dict[str, Any]]:
     with h5py.File(path, "r") as file:
         for index in indices:
             name = f"episode_{index}".encode()
             link = file.id.links.get_info(name)
-            size = _check_object(file.id, name, (link.type, link.u), n_bytes, set())
+            size, found = _check_object(file.id, name, (link.type, link.u), n_bytes, set())
             if size > memory_limit(n_bytes):
                 raise ValueError(f"it would take {size / 2**30:.3g} GiB of memory")
-            yield
+            if not isinstance(found, dict):
+                raise ValueError(f"{name!r} is no group")
+            yield found
 
 
-def _check_object(group: Any, name: bytes, link: tuple[int, int], n_bytes: int, seen: set[int]) -> int:
-    # Bytes that it takes in memory; what was seen is known by its address
+def _check_object(group: Any, name: bytes, link: tuple[int, int], n_bytes: int, seen: set[int]) -> tuple[int, Any]:
+    # Bytes that it takes in memory, and what it is, opened; what was seen is known by its address
     kind, address = link
     if kind != h5l.TYPE_HARD or address in seen:
         raise ValueError(f"{name!r} is a link; h5repack puts the data in its place")
     seen.add(address)
     found = h5o.open(group, name)
     if isinstance(found, h5d.DatasetID):
-        return _check_data(found, repr(name), n_bytes)
+        return _check_data(found, repr(name), n_bytes), found
     if not isinstance(found, h5g.GroupID):
         raise ValueError(f"{name!r} is no data")
     parts: list[tuple[bytes, tuple[int, int]]] = []
     found.links.iterate(lambda part, info: parts.append((part, (info.type, info.u))), info=True)
-    return sum(_check_object(found, *part, n_bytes, seen) for part in parts)
+    inside = {part.decode(): _check_object(found, part, link, n_bytes, seen) for part, link in parts}
+    return sum(size for size, _ in inside.values()), {part: opened for part, (_, opened) in inside.items()}
 
 
 def _check_data(data: Any, name: str, n_bytes: int) -> int:
@@ -155,6 +159,17 @@ def _check_data(data: Any, name: str, n_bytes: int) -> int:
     if dtype.get_class() in NUMBERS or (is_text and not dtype.is_variable_str()):
         return size
     return size + _size_of_texts(data, name, 1 if is_text else int(dtype.get_super().get_size()), memory_limit(n_bytes) - size)
+
+
+def read_opened(found: Any) -> Any:
+    """The arrays of what ``check_episodes()`` gives."""
+    if isinstance(found, dict):
+        return {name: read_opened(part) for name, part in found.items()}
+    if found.get_type().get_class() not in NUMBERS or not found.shape or not prod(found.shape):
+        return h5py.Dataset(found)[()]
+    array = np.empty(found.shape, found.dtype)
+    found.read(h5s.ALL, h5s.ALL, array)
+    return array
 
 
 def _size_of_texts(data: Any, name: str, width: int, limit: int) -> int:

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 
 import minari
 import numpy as np
+from gymnasium import spaces
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_diffrl.offline.episodes import check_episode
-from sb3_diffrl.offline.inspecting import check_episodes, check_metadata, memory_limit, size_on_disk
+from sb3_diffrl.offline.inspecting import check_episodes, check_metadata, memory_limit, read_opened, size_on_disk
 from sb3_diffrl.offline.spaces import check_same_spaces
 from sb3_diffrl.offline.writing import check_id
 
@@ -105,14 +106,18 @@ def read_episodes(source: minari.MinariDataset, first: int = 0) -> Iterator[mina
         yield from _read_checked(source, first, checks)
 
 
-def _read_checked(source: minari.MinariDataset, first: int, checks: Iterator[None]) -> Iterator[minari.EpisodeData]:
+def _read_checked(
+    source: minari.MinariDataset, first: int, checks: Iterator[dict[str, Any] | None]
+) -> Iterator[minari.EpisodeData]:
     n_steps = 0
+    is_plain = _is_plain(source.observation_space) and _is_plain(source.action_space)
     indices = source.episode_indices[first:]
     episodes = _lazily(source, indices)
     for index in indices:
         try:
-            next(checks)
-            episode = next(episodes)
+            opened = next(checks)
+            # Minari opens everything anew, which takes as long as reading it.
+            episode = next(episodes) if opened is None or not is_plain else minari.EpisodeData(int(index), **_parts(opened))
         except Exception as error:
             reason = "it ends early" if isinstance(error, StopIteration) else error
             raise ValueError(f"Episode {index}: " + _damaged(source.id, source.storage.data_path, reason)) from error
@@ -125,6 +130,23 @@ def _read_checked(source: minari.MinariDataset, first: int, checks: Iterator[Non
         yield dataclasses.replace(episode, truncations=truncations)
     if first == 0 and n_steps != source.total_steps:
         raise ValueError(_damaged(source.id, source.storage.data_path, f"{n_steps} steps in place of {source.total_steps}"))
+
+
+def _is_plain(space: spaces.Space[Any]) -> bool:
+    # Whether Minari's hdf5 holds the space's samples as they are: images may be JPEGs
+    if isinstance(space, spaces.Dict):
+        return all(map(_is_plain, space.spaces.values()))
+    if isinstance(space, spaces.Box):
+        return not (space.dtype == np.uint8 and len(space.shape) == 3)
+    return isinstance(space, (spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete))
+
+
+def _parts(opened: dict[str, Any]) -> dict[str, Any]:
+    parts = {name: read_opened(opened[name]) for name in ("observations", "actions", "rewards", "terminations", "truncations")}
+    for name, part in parts.items():
+        if not isinstance(part, dict) and np.ndim(part) == 0:
+            raise ValueError(f"{name} is no array")
+    return parts | {"infos": read_opened(opened["infos"]) if "infos" in opened else None}
 
 
 def _lazily(source: minari.MinariDataset, indices: np.ndarray) -> Iterator[minari.EpisodeData]:
