@@ -348,3 +348,19 @@ def test_compiled_chains_of_a_perceptron_see_weights_that_change() -> None:
 def test_perceptrons_that_the_compiled_code_does_not_know_run_in_torch() -> None:
     assert not native.supports(MlpDenoiser(3, 2, (32, 32), nn.ELU))
     assert not native.supports(MlpDenoiser(3, 2, (32, 32)).double())
+    linear = MlpDenoiser(3, 2, ())
+    assert not native.supports(linear)
+    model = DiffusionModel(linear, DiffusionProcess(make_schedule("squaredcos_cap_v2", 50), clip_sample=1.0))
+    assert model.sample(th.randn(4, 3), th.randn(4, 2), 5).shape == (4, 3)
+
+
+@pytest.mark.skipif(library.load() is None, reason="no C compiler")
+def test_a_subclass_of_a_denoiser_computes_what_it_says() -> None:
+    class Silent(DiT1d):
+        def vectors_at(self, times: th.Tensor, cond: th.Tensor | None = None) -> th.Tensor:
+            raise AssertionError("compiled")
+
+    assert native.supports(DiT1d(3, 8, d_model=32, head_dim=16).transformer)
+    assert not native.supports(type("Other", (MlpDenoiser,), {})(3, 2, (32, 32)))
+    model = DiffusionModel(Silent(3, 8, d_model=32, head_dim=16), DiffusionProcess(make_schedule("vp", 0)))
+    assert not model._can_compile(th.randn(2, 8, 3), None, "ddim", None, None)

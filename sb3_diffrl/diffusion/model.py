@@ -106,7 +106,7 @@ class DiffusionModel(nn.Module):
         if isinstance(network, MlpDenoiser):
             return fixed is None and start.ndim == 2 and native.supports(network)
         return (
-            isinstance(network, DiT1d)
+            type(network) is DiT1d
             and (cond is None or len(cond) == 1)
             and (fixed is None or fixed.mask.ndim <= start.ndim - 1)
             and native.supports(network.transformer)

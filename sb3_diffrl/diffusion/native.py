@@ -71,13 +71,13 @@ def _float32_on_cpu(weight: th.Tensor) -> bool:
 
 def supports(network: nn.Module) -> bool:
     """Whether the compiled code can run this network: float32 on a CPU, a transformer of a width that fills vector registers, or a
-    perceptron with activations of ``ACTIVATIONS``.
+    perceptron with hidden layers and activations of ``ACTIVATIONS``. A subclass may compute something else.
     """
-    if isinstance(network, Transformer1d):
+    if type(network) is Transformer1d:
         weight = network.output.weight
         is_square = network.output.out_features == network.embedding.in_features
         return is_square and weight.shape[1] % LANES == 0 and _float32_on_cpu(weight)
-    if isinstance(network, MlpDenoiser):
+    if type(network) is MlpDenoiser and len(network.net) > 0:
         return type(list(network.net)[1]) in ACTIVATIONS and _float32_on_cpu(network.output.weight)
     return False
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import minari
 import numpy as np
 from gymnasium import spaces
+from minari.dataset.minari_storage import is_image_space
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from sb3_diffrl.offline.episodes import check_episode
@@ -137,7 +138,7 @@ def _is_plain(space: spaces.Space[Any]) -> bool:
     if isinstance(space, spaces.Dict):
         return all(map(_is_plain, space.spaces.values()))
     if isinstance(space, spaces.Box):
-        return not (space.dtype == np.uint8 and len(space.shape) == 3)
+        return not is_image_space(space)
     return isinstance(space, (spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete))
 
 

@@ -26,7 +26,7 @@ SelfDiffusionPlanner = TypeVar("SelfDiffusionPlanner", bound="DiffusionPlanner")
 # How fast the target of the TD value follows.
 TD_TAU = 0.005
 # Windows that the units of a plan's steps are taken from.
-SCALE_WINDOWS = 50_000
+SCALE_WINDOWS = 10_000
 
 
 class Term(NamedTuple):
@@ -179,9 +179,11 @@ class DiffusionPlanner(OfflineAlgorithm):
             low, high = values.min(), values.max()
             self.policy.value_center.copy_((low + high) / 2)
             self.policy.value_scale.copy_((high - low) / 2 if high > low else th.ones(()))
-            n = len(values)
-            some = th.linspace(0, n - 1, min(n, SCALE_WINDOWS), dtype=th.float64, device=self.device).long()
-            self.policy.fit_plan_scale(self.policy.normalizer.normalize(self.data.gather(some, self.horizon, self.stride).windows))
+            if self.relative:
+                n = len(values)
+                some = th.linspace(0, n - 1, min(n, SCALE_WINDOWS), dtype=th.float64, device=self.device).long()
+                windows = self.data.gather(some, self.horizon, self.stride).windows
+                self.policy.fit_plan_scale(self.policy.normalizer.normalize(windows))
 
     def _check_arguments(self) -> None:
         self.horizon, self.stride = check_count("horizon", self.horizon), check_count("stride", self.stride)
