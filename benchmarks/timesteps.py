@@ -290,11 +290,10 @@ def run(
         if runs:
             print(f"{folder.name} {task} seeds {chunk}", flush=True)
             train(runs, task, steps, every, paths)
-        for seed in {run.seed for run in runs}:
-            arguments = {**task._asdict(), "seed": seed, "steps": steps, "samplers": samplers}
+        for made, path in zip(runs, paths, strict=True):
+            arguments = {**task._asdict(), "seed": made.seed, "steps": steps, "sampler": {made.label: samplers[made.label]}}
             description = metadata(arguments, " ".join(["python", "benchmarks/timesteps.py", *sys.argv[1:]]))
-            described = folder / f"{task.data}-{task.arch}-{task.schedule}-s{seed}.json"
-            described.write_text(json.dumps(description, indent=1) + "\n")
+            path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
 
 
 def main() -> None:
