@@ -13,8 +13,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from sb3_diffrl import NCLQL
 from sb3_diffrl.lql.critic import LangevinCritic, StackedLinear
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
-from sb3_diffrl.lql.langevin import ChainDraws, QGradient
-from sb3_diffrl.lql.lql import UpdateDraws
+from sb3_diffrl.lql.langevin import ChainDraws, QGradient, UpdateDraws
 
 from .envs import box_env
 

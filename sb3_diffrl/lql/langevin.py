@@ -4,6 +4,7 @@ Everything here is a pure function of a Q-gradient, a start and a noise tensor. 
 computed, are the caller's business (see ``sb3_diffrl.lql.gradients``).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,19 @@ class ChainDraws(NamedTuple):
 
     start: th.Tensor
     noise: th.Tensor
+
+
+class UpdateDraws(NamedTuple):
+    """All the randomness of one update, so that an update can be replayed.
+
+    :param chain: draws of the chain that samples the next actions
+    :param levels: noise level of each row in the smoothing loss, ``(batch,)``; ``None`` without smoothing
+    :param noise: standard normal noise on the actions there, ``(batch, action_dim)``; ``None`` without smoothing
+    """
+
+    chain: ChainDraws
+    levels: th.Tensor | None = None
+    noise: th.Tensor | None = None
 
 
 def noise_levels(n_levels: int, sigma_max: float, sigma_min: float) -> th.Tensor:
@@ -89,6 +103,11 @@ class LangevinSampler:
     def sigmas(self) -> th.Tensor:
         """Noise scale of each level, ``(n_levels,)``, from the smoothest to the sharpest."""
         return noise_levels(self.n_levels, self.sigma_max, self.sigma_min)
+
+    @functools.cache  # noqa: B019 - samplers are few and small
+    def sigmas_on(self, device: th.device) -> th.Tensor:
+        """``sigmas`` on a device, copied there once."""
+        return self.sigmas.to(device)
 
     @property
     def step_sizes(self) -> list[float]:

@@ -1,10 +1,10 @@
 """LQL: Q-learning whose policy is Langevin dynamics on the critic."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -24,7 +24,6 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from torch import nn
 
 from sb3_diffrl.common import (
@@ -37,11 +36,12 @@ from sb3_diffrl.common import (
     check_scalable,
 )
 from sb3_diffrl.lql.critic import LangevinCritic
+from sb3_diffrl.lql.cuda_graphs import GraphedUpdate
 from sb3_diffrl.lql.env_guard import check_observable, end_trajectory, finite
-from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
+from sb3_diffrl.lql.langevin import LangevinSampler, UpdateDraws
 from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 from sb3_diffrl.lql.random_state import random_state, set_random_state
-from sb3_diffrl.saving import SafeSaving, load_replay_buffer, save_replay_buffer
+from sb3_diffrl.saving import SafeReplayBuffers, SafeSaving
 
 SelfLQL = TypeVar("SelfLQL", bound="LQL")
 
@@ -53,20 +53,7 @@ SATURATION = 0.95
 SPREAD_STATES, SPREAD_SAMPLES = 16, 16
 
 
-class UpdateDraws(NamedTuple):
-    """All the randomness of one update, so that an update can be replayed.
-
-    :param chain: draws of the chain that samples the next actions
-    :param levels: noise level of each row in the smoothing loss, ``(batch,)``; ``None`` without smoothing
-    :param noise: standard normal noise on the actions there, ``(batch, action_dim)``; ``None`` without smoothing
-    """
-
-    chain: ChainDraws
-    levels: th.Tensor | None = None
-    noise: th.Tensor | None = None
-
-
-class LQL(SafeSaving, OffPolicyAlgorithm):
+class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
     """Langevin Q-learning (LQL): the policy is exp(w Σ Qᵢ(s, ·)), sampled by Langevin dynamics on the critic.
 
     Paper: "Direct Soft-Policy Sampling via Langevin Dynamics", https://arxiv.org/abs/2602.07873.
@@ -191,6 +178,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         self._skipped_in_a_row = 0
         self._random_state: dict[str, Any] | None = None
         self._logged_obs: th.Tensor | dict[str, th.Tensor] | None = None
+        self._graphed_update: GraphedUpdate | None = None
         if _init_setup_model:
             self._setup_model()
 
@@ -236,22 +224,29 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.critic.optimizer)
 
+        update = self._choose_update()
         metrics: list[Metrics] = []
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             try:
-                metrics.append(self.update(replay_data, self.draw(batch_size)))
+                metrics.append(update(replay_data, self.draw(batch_size)))
                 self._skipped_in_a_row = 0
             except NonFiniteError as error:
                 self._skip(error)
+        if isinstance(update, GraphedUpdate):
+            for fault in update.take_faults():
+                self._skip(fault)
         self._logged_obs = replay_data.observations
         self._n_updates += gradient_steps
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self.n_skipped:
             self.logger.record("train/n_skipped", self.n_skipped)
-        for name in metrics[0] if metrics else ():
-            self.logger.record(f"train/{name}", th.stack([metric[name] for metric in metrics]).mean().item())
+        if metrics:
+            # One transfer from the device for all of them
+            means = th.stack([th.stack(list(metric.values())) for metric in metrics]).mean(dim=0).tolist()
+            for name, mean in zip(metrics[0], means, strict=True):
+                self.logger.record(f"train/{name}", mean)
 
     def predict(
         self,
@@ -322,9 +317,19 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
         # Returns the norm of the gradient
         self.critic.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = check_gradient(loss, self.critic.parameters(), self.critic, f"env step {self.num_timesteps}")
+        norm = self._check_gradient(loss)
         self.critic.optimizer.step()
         return norm
+
+    def _check_gradient(self, loss: th.Tensor) -> th.Tensor:
+        return check_gradient(loss, self.critic.parameters(), self.critic, f"env step {self.num_timesteps}")
+
+    def _choose_update(self) -> Callable[[ReplayBufferSamples, UpdateDraws], Metrics]:
+        if self.policy.chain_backend != "cuda_graphs":
+            return self.update
+        if self._graphed_update is None or self._graphed_update.optimizer is not self.critic.optimizer:
+            self._graphed_update = GraphedUpdate(self)
+        return self._graphed_update
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.on_nonfinite == "raise" or self._skipped_in_a_row >= MAX_SKIPPED:
@@ -467,34 +472,7 @@ class LQL(SafeSaving, OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         rebuilt = ["actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
-        return [*super()._excluded_save_params(), *rebuilt, "_logged_obs"]
+        return [*super()._excluded_save_params(), *rebuilt, "_logged_obs", "_graphed_update"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "critic.optimizer"], []
-
-    def save_replay_buffer(self, path: str | Path | io.BufferedIOBase) -> None:
-        """Save the replay buffer; a file that is there is replaced once the new one is whole.
-
-        :param path: file to write
-        :raises OSError: if it cannot be written, with the reason; a former file is as it was
-        """
-        assert self.replay_buffer is not None, "The replay buffer is not defined"
-        save_replay_buffer(self.replay_buffer, path)
-
-    def load_replay_buffer(
-        self, path: str | Path | io.BufferedIOBase, truncate_last_traj: bool = True, trusted: bool = False
-    ) -> None:
-        """Load a replay buffer. Nothing that the file holds is run, unless it is trusted.
-
-        :param path: file to read
-        :param truncate_last_traj: with a ``HerReplayBuffer``, take the last trajectory as finished
-        :param trusted: un-pickle files of Stable-Baselines3, or of buffers of your own: who wrote the file can run any code
-        :raises ModelFileError: if the file is damaged, or pickled and not trusted
-        """
-        self.replay_buffer = load_replay_buffer(path, trusted)
-        if isinstance(self.replay_buffer, HerReplayBuffer):
-            assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
-            self.replay_buffer.set_env(self.env)
-            if truncate_last_traj:
-                self.replay_buffer.truncate_last_trajectory()
-        self.replay_buffer.device = self.device

@@ -10,8 +10,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from torch import nn
 
 from sb3_diffrl.common import OnNonFinite
-from sb3_diffrl.lql.langevin import LangevinSampler
-from sb3_diffrl.lql.lql import LQL, Metrics, UpdateDraws
+from sb3_diffrl.lql.langevin import LangevinSampler, UpdateDraws
+from sb3_diffrl.lql.lql import LQL, Metrics
 from sb3_diffrl.lql.policies import LangevinPolicy
 
 SelfNCLQL = TypeVar("SelfNCLQL", bound="NCLQL")
@@ -146,7 +146,7 @@ class NCLQL(LQL):
         :param levels: noise level of each row, ``(batch,)``
         :param noise: standard normal, ``(batch, action_dim)``
         """
-        sigmas = self.policy.sampler.sigmas.to(self.device)[levels].unsqueeze(1)
+        sigmas = self.policy.sampler.sigmas_on(self.device)[levels].unsqueeze(1)
         q_values = self._q_values(replay_data, replay_data.actions + sigmas * noise, levels)
         loss = nn.functional.mse_loss(q_values, mean_q.expand_as(q_values), reduction="none").mean(dim=1).sum()
         return loss, {"smoothing_loss": loss.detach() / self.critic.n_critics}

@@ -1,6 +1,8 @@
 """Policies of LQL and NC-LQL: a critic, its target, and the sampler that draws actions from it."""
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch as th
@@ -17,13 +19,14 @@ from torch import nn
 
 from sb3_diffrl.common import check_observation, unscale_action
 from sb3_diffrl.lql.critic import LangevinCritic
+from sb3_diffrl.lql.cuda_graphs import CudaGraphs
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.saving import SafePolicySaving
 
 # Seeds the start and the noise of deterministic actions: part of the policy's definition, so it never changes.
 DETERMINISTIC_SEED = 0
-BACKENDS = ("auto", "native", "torch", "autograd")
+Backend = Literal["auto", "native", "torch", "autograd", "cuda_graphs"]
 
 
 class LangevinPolicy(SafePolicySaving):
@@ -67,7 +70,7 @@ class LangevinPolicy(SafePolicySaving):
         n_critics: int = 2,
         sampler: LangevinSampler | None = None,
         reward_scale: float = 1.0,
-        backend: Literal["auto", "native", "torch", "autograd"] = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(
             observation_space,
@@ -84,9 +87,10 @@ class LangevinPolicy(SafePolicySaving):
         self.n_critics = n_critics
         self.sampler = LangevinSampler() if sampler is None else sampler
         self.reward_scale = reward_scale
-        if backend not in BACKENDS:
-            raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}; got {backend!r}.")
-        self.backend = backend
+        if backend not in get_args(Backend):
+            raise ValueError(f"`backend` must be one of {', '.join(get_args(Backend))}; got {backend!r}.")
+        self.backend: Backend = backend
+        self._graphs: CudaGraphs | None = CudaGraphs()
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -121,7 +125,7 @@ class LangevinPolicy(SafePolicySaving):
             n_levels=self.sampler.n_levels,
             reward_scale=self.reward_scale,
         )
-        critic.use_native = self.backend in ("auto", "native")
+        critic.use_native = self.backend in ("auto", "native", "cuda_graphs")
         return critic
 
     @property
@@ -237,17 +241,20 @@ class LangevinPolicy(SafePolicySaving):
         return actions[best, th.arange(len(best), device=best.device)]
 
     @property
-    def chain_backend(self) -> Literal["native", "torch", "autograd"]:
+    def chain_backend(self) -> Backend:
         """What computes the chains, the fastest that the critics allow unless ``backend`` says otherwise.
 
         ``"native"``: compiled C, for the package's own critics on a CPU, which then train in it, too; ``"torch"``: hand-written
-        gradient, for the same critics on any device; ``"autograd"``: automatic gradient, for any critic.
+        gradient, for the same critics on any device; ``"autograd"``: automatic gradient, for any critic; ``"cuda_graphs"``: as
+        ``"torch"``, chains and whole updates launched as CUDA graphs; only where it is asked for, and as ``"auto"`` on a CPU.
 
         :raises RuntimeError: if ``backend`` asks for one that cannot be had
         """
-        usable = {"native": self.critic.can_compile, "torch": StackedMlpQGradient.supports(self.critic), "autograd": True}
-        if self.backend == "auto":
-            return next(name for name in ("native", "torch", "autograd") if usable[name])
+        can_torch = StackedMlpQGradient.supports(self.critic)
+        usable: dict[Backend, bool] = {"native": self.critic.can_compile, "torch": can_torch, "autograd": True}
+        if self.backend == "auto" or (self.backend == "cuda_graphs" and self.device.type == "cpu"):
+            return next(name for name, is_usable in usable.items() if is_usable)
+        usable["cuda_graphs"] = can_torch and self.device.type == "cuda"
         if not usable[self.backend]:
             raise RuntimeError(f'`backend={self.backend!r}` cannot compute this critic here; use `backend="auto"`.')
         return self.backend
@@ -256,9 +263,26 @@ class LangevinPolicy(SafePolicySaving):
         backend = self.chain_backend
         if backend == "native":
             return self.critic.sample(self.sampler, features, draws)
-        if backend == "torch":
+        if backend == "autograd":
+            return self.sampler.sample(AutogradQGradient(self.critic, features), draws)
+
+        def chains(features: th.Tensor, draws: ChainDraws) -> th.Tensor:
             return self.sampler.sample(StackedMlpQGradient(self.critic, features, dtype), draws).to(features.dtype)
-        return self.sampler.sample(AutogradQGradient(self.critic, features), draws)
+
+        if backend == "cuda_graphs" and self._graphs is not None:
+            setting = (self.sampler, dtype, next(self.critic.layers.parameters()).data_ptr())
+            actions: th.Tensor = self._graphs(chains, (features, draws), setting)
+            return actions
+        return chains(features, draws)
+
+    @contextmanager
+    def plain_chains(self) -> Iterator[None]:
+        """Chains without graphs of their own, as a part of a larger one."""
+        graphs, self._graphs = self._graphs, None
+        try:
+            yield
+        finally:
+            self._graphs = graphs
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Rescale the action from [-1, 1] to [low, high], never outside by a rounding error."""

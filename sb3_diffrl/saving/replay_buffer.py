@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -63,6 +64,35 @@ def load_replay_buffer(path: BufferPath, trusted: bool) -> ReplayBuffer:
     finally:
         if isinstance(path, (str, Path)):
             file.close()
+
+
+class SafeReplayBuffers(OffPolicyAlgorithm):
+    """An off-policy algorithm whose replay buffer is saved whole and loaded without running what the file holds."""
+
+    def save_replay_buffer(self, path: BufferPath) -> None:
+        """Save the replay buffer; a file that is there is replaced once the new one is whole.
+
+        :param path: file to write
+        :raises OSError: if it cannot be written, with the reason; a former file is as it was
+        """
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        save_replay_buffer(self.replay_buffer, path)
+
+    def load_replay_buffer(self, path: BufferPath, truncate_last_traj: bool = True, trusted: bool = False) -> None:
+        """Load a replay buffer. Nothing that the file holds is run, unless it is trusted.
+
+        :param path: file to read
+        :param truncate_last_traj: with a ``HerReplayBuffer``, take the last trajectory as finished
+        :param trusted: un-pickle files of Stable-Baselines3, or of buffers of your own: who wrote the file can run any code
+        :raises ModelFileError: if the file is damaged, or pickled and not trusted
+        """
+        self.replay_buffer = load_replay_buffer(path, trusted)
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
+            self.replay_buffer.set_env(self.env)
+            if truncate_last_traj:
+                self.replay_buffer.truncate_last_trajectory()
+        self.replay_buffer.device = self.device
 
 
 def _write(buffer: ReplayBuffer, file: Any) -> None:
