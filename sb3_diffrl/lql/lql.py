@@ -39,7 +39,7 @@ from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.cuda_graphs import GraphedUpdate
 from sb3_diffrl.lql.env_guard import check_observable, end_trajectory, finite
 from sb3_diffrl.lql.langevin import LangevinSampler, UpdateDraws
-from sb3_diffrl.lql.policies import CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
+from sb3_diffrl.lql.policies import BACKENDS, CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 from sb3_diffrl.lql.random_state import random_state, set_random_state
 from sb3_diffrl.saving import SafeReplayBuffers, SafeSaving
 
@@ -212,8 +212,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         if self.verbose >= 1:
-            kinds = {"native": "compiled", "torch": "hand-written, in torch", "autograd": "by automatic differentiation"}
-            print(f"Langevin chains: gradient of the critics {kinds[self.policy.chain_backend]}")
+            print(f"Langevin chains: gradient of the critics {BACKENDS[self.policy.chain_backend]}")
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """Do ``gradient_steps`` updates on minibatches from the replay buffer, and log their mean metrics."""

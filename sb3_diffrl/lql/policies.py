@@ -27,6 +27,13 @@ from sb3_diffrl.saving import SafePolicySaving
 # Seeds the start and the noise of deterministic actions: part of the policy's definition, so it never changes.
 DETERMINISTIC_SEED = 0
 Backend = Literal["auto", "native", "torch", "autograd", "cuda_graphs"]
+#: What computes the chains, in words
+BACKENDS: dict[Backend, str] = {
+    "native": "compiled",
+    "torch": "hand-written, in torch",
+    "autograd": "by automatic differentiation",
+    "cuda_graphs": "hand-written, in torch, launched as CUDA graphs",
+}
 
 
 class LangevinPolicy(SafePolicySaving):
