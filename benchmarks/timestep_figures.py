@@ -249,11 +249,9 @@ def main() -> None:
         curves_figure(by_label, FIGURES / "timesteps-curves.png")
         density_figure(by_label, FIGURES / "timesteps-density.png")
         (TABLES / "timesteps-compare.md").write_text(comparison_table(by_label))
-        (TABLES / "timesteps-budgets.md").write_text(budget_table(by_label, ("adaptive", "loss_second_moment", "speed"), 1000))
+        (TABLES / "timesteps-budgets.md").write_text(budget_table(by_label, ("adaptive", "loss_second_moment", "speed"), 2000))
     if runs := load("robustness"):
         (TABLES / "timesteps-robustness.md").write_text(cell_table(runs, "data, network, schedule"))
-    for by_label in load("long").values():
-        (TABLES / "timesteps-long.md").write_text(budget_table(by_label, ("adaptive",), 2000))
     for by_label in load("ablation").values():
         (TABLES / "timesteps-ablation.md").write_text(ablation_table(by_label))
     for by_label in load("divergence").values():

@@ -1,13 +1,12 @@
 """Timestep samplers: held-out variational bound against training steps.
 
     python benchmarks/timesteps.py compare                      digits, every sampler, five seeds
-    python benchmarks/timesteps.py long                         uniform and adaptive, twice as many steps
     python benchmarks/timesteps.py robustness --seeds 0 1 2     three schedules, two networks, two data sets; smaller and shorter
     python benchmarks/timesteps.py ablation --seeds 0 1 2       the adaptive sampler with one improvement taken back at a time
     python benchmarks/timesteps.py divergence --seeds ...       short runs
 
 Each trains diffusion models (T = 1000) and writes one CSV a run to `results/timesteps/<command>/`, a row an evaluation, with a
-JSON of versions and hardware for each seed. Runs whose file is there are left out, so that an interrupted command goes on when it
+JSON of versions and hardware. Runs whose file is there are left out, so that an interrupted command goes on when it
 is given again. The data is scikit-learn's digits, or windows of 8 observations of a PointMaze dataset (`make-dataset`).
 
 The bound is that of the averaged weights, in bits per dimension, on held-out rows, with noise that is the same in all runs: every
@@ -298,7 +297,7 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["compare", "long", "robustness", "ablation", "divergence"])
+    parser.add_argument("command", choices=["compare", "robustness", "ablation", "divergence"])
     parser.add_argument("--samplers", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int)
@@ -313,17 +312,14 @@ def main() -> None:
     folder = args.results / args.command
     named = dict.fromkeys(args.samplers or SAMPLERS)
     if args.command == "compare":
-        run(folder, Task(), named | args.variants, args.seeds, args.steps or 4000, 250, 5)
-    elif args.command == "long":
-        longest = dict.fromkeys(args.samplers or ("uniform", "adaptive"))
-        run(folder, Task(), longest | args.variants, args.seeds, args.steps or 8000, 500, 5)
+        run(folder, Task(), named | args.variants, args.seeds, args.steps or 12_000, 500, 5)
     elif args.command == "robustness":
         for data, arch, schedule in itertools.product(args.data, args.arch, args.schedules):
             task = Task(data, arch, schedule, batch=32, width=64)
-            run(folder, task, named | args.variants, args.seeds, args.steps or 1500, 500, 5)
+            run(folder, task, named | args.variants, args.seeds, args.steps or 3000, 500, 5)
     elif args.command == "ablation":
         chosen = {name: ABLATIONS[name] for name in args.samplers or ABLATIONS}
-        run(folder, Task(), chosen | args.variants, args.seeds, args.steps or 2000, 500, 5)
+        run(folder, Task(), chosen | args.variants, args.seeds, args.steps or 6000, 500, 5)
     else:
         run(folder, Task(batch=32, width=64), {"adaptive": None, "published": None}, args.seeds, args.steps or 1000, 500, 10)
 
