@@ -87,7 +87,7 @@ class PGPolicy(PlannerPolicy):
     :param observation_space: observation space, as in the dataset
     :param action_space: bounded Box
     :param lr_schedule: learning rate as a function of the remaining progress (1 to 0)
-    :param prior_width: size of the prior's GRU
+    :param prior_width: size of the prior's GRU, ``d_model`` if ``None``
     :param guidance: ``"pg"``, or another that plans are chosen by
     :param squash: bound the latent: z = 2 tanh(u) with u from the prior
     """
@@ -104,7 +104,7 @@ class PGPolicy(PlannerPolicy):
         time_embedding_dim: int = 128,
         net_arch: Sequence[int] = (256, 256, 256),
         activation_fn: type[nn.Module] = nn.Mish,
-        prior_width: int = 256,
+        prior_width: int | None = None,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         horizon: int = 4,
@@ -125,7 +125,8 @@ class PGPolicy(PlannerPolicy):
         relative: bool = False,
         squash: bool = True,
     ) -> None:
-        self.prior_width, self.squash = check_count("prior_width", prior_width), squash
+        self.prior_width = check_count("prior_width", d_model if prior_width is None else prior_width)
+        self.squash = squash
         super().__init__(
             observation_space,
             action_space,
@@ -156,7 +157,7 @@ class PGPolicy(PlannerPolicy):
             prediction_type,
             relative,
         )
-        self.prior, self.prior_target = (GaussianPrior(self.obs_dim, self.latent_shape, prior_width) for _ in range(2))
+        self.prior, self.prior_target = (GaussianPrior(self.obs_dim, self.latent_shape, self.prior_width) for _ in range(2))
         sizes = (self.obs_dim, horizon, d_model, critic_depth, head_dim)
         self.latent_critic, self.latent_critic_target = HorizonCritic(*sizes), HorizonCritic(*sizes)
         for network, target in ((self.prior, self.prior_target), (self.latent_critic, self.latent_critic_target)):

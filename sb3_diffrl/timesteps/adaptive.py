@@ -133,6 +133,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
     reward_moments: th.Tensor
     terms: th.Tensor
     cumulative: th.Tensor
+    log_floor: th.Tensor
     selected: th.Tensor
 
     def __init__(
@@ -229,6 +230,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         self.register_buffer("terms", th.zeros(len(sweep), device=device))
         # Mass of the base density up to the times of the sweep
         self.register_buffer("cumulative", th.linspace(0, 1, len(sweep) + 1, device=device))
+        self.register_buffer("log_floor", th.tensor(self.uniform_floor, device=device).log(), persistent=False)
         # Columns of the sweep
         self.register_buffer("selected", th.arange(self.n_selected, device=device))
         self._n_steps = self._n_sweeps = 0
@@ -249,45 +251,36 @@ class AdaptiveTimestepSampler(TimestepSampler):
         begin = time.perf_counter()
         concentrations = self.policy.concentrations(x0)
         # (batch, 2): a Beta variable is the first part of a Dirichlet one, which takes a generator
-        fraction = self._at_mass(th._sample_dirichlet(concentrations, generator)[:, 0].contiguous())
+        position = self._position(th._sample_dirichlet(concentrations, generator)[:, 0].contiguous())
+        n = len(self.cumulative) - 1
         if self.uniform_floor > 0:
             # One uniform number says whether the floor draws, and what.
             u = th.rand(len(x0), device=x0.device, generator=generator)
-            fraction = th.where(u < self.uniform_floor, u / self.uniform_floor, fraction)
+            position = th.where(u < self.uniform_floor, u * (n / self.uniform_floor), position)
         weight = x0.new_ones(len(x0))
         if self.importance > 0:
-            weight = (-self.importance * self._log_density(concentrations, fraction)).exp()
+            weight = (-self.importance * self._log_density(concentrations, position)).exp()
         self._seconds += time.perf_counter() - begin
-        return Draw(self.process.schedule.timesteps_at(fraction), weight, fraction)
+        return Draw(self.process.schedule.timesteps_at(position / n), weight, position)
 
-    def _log_density(self, concentrations: th.Tensor, fraction: th.Tensor) -> th.Tensor:
+    def _position(self, mass: th.Tensor) -> th.Tensor:
+        """Where in the schedule, in cells of the sweep, the base density has the given mass below, ``(batch,)``."""
+        cell = th.searchsorted(self.cumulative[1:-1], mass, right=True)
+        return cell + (mass - self.cumulative[cell]) / self.cumulative.diff()[cell]
+
+    def _log_density(self, concentrations: th.Tensor, position: th.Tensor) -> th.Tensor:
         """Of the draws, with the uniform share, ``(batch,)``. Concentrations ``(batch, 2)``."""
-        mass, log_base = self._mass(fraction)
+        n = len(self.cumulative) - 1
+        cell = position.long().clamp_(max=n - 1)
+        base = self.cumulative.diff()[cell]
+        mass = th.addcmul(self.cumulative[cell], position - cell, base)
         # (batch, 2)
-        parts = th.stack([mass, 1 - mass], dim=1).clamp(min=EDGE)
-        log_beta = ((concentrations - 1) * parts.log() - concentrations.lgamma()).sum(1) + concentrations.sum(1).lgamma() + log_base
+        parts = th.stack([mass, 1 - mass], dim=1).clamp_(min=EDGE)
+        log_beta = ((concentrations - 1) * parts.log_() - concentrations.lgamma()).sum(1) + concentrations.sum(1).lgamma()
+        log_density = log_beta + (n * base).log_()
         if self.uniform_floor == 0:
-            return log_beta
-        floor = log_beta.new_tensor(math.log(self.uniform_floor))
-        return th.logaddexp(log_beta + math.log1p(-self.uniform_floor), floor)
-
-    def _at_mass(self, mass: th.Tensor) -> th.Tensor:
-        """Fractions of the schedule below which the base density has the given mass, ``(batch,)``."""
-        if self.base == "uniform":
-            return mass
-        n = len(self.cumulative) - 1
-        cell = (th.searchsorted(self.cumulative, mass, right=True) - 1).clamp_(0, n - 1)
-        low, high = self.cumulative[cell], self.cumulative[cell + 1]
-        return ((cell + (mass - low) / (high - low).clamp(min=1e-12)) / n).clamp(0, 1)
-
-    def _mass(self, fraction: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Mass of the base density below the fractions, and its logarithm there, each ``(batch,)``."""
-        if self.base == "uniform":
-            return fraction, th.zeros_like(fraction)
-        n = len(self.cumulative) - 1
-        cell = (fraction * n).long().clamp_(0, n - 1)
-        low, high = self.cumulative[cell], self.cumulative[cell + 1]
-        return low + (fraction * n - cell) * (high - low), ((high - low) * n).clamp(min=1e-12).log()
+            return log_density
+        return th.logaddexp(log_density + math.log1p(-self.uniform_floor), self.log_floor)
 
     # ------------------------------------------------------------------ learning
 
@@ -306,7 +299,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     @contextmanager
     def _learn_around(
-        self, x0: th.Tensor, fraction: th.Tensor, bound_terms: BoundTerms, generator: th.Generator | None
+        self, x0: th.Tensor, position: th.Tensor, bound_terms: BoundTerms, generator: th.Generator | None
     ) -> Iterator[None]:
         begin = time.perf_counter()
         device, n_sweep = x0.device, len(self.sweep_timesteps)
@@ -323,7 +316,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
             noise = th.randn(len(rows), *x0.shape[1:], device=device, generator=generator)
         drop = before - self._terms(bound_terms, rows, t, noise)
         self._observe(before[:n_sweep], drop[:n_sweep])
-        self._learn(x0[rewarded], fraction[rewarded], drop[n_sweep:].view(-1, self.n_selected).sum(1))
+        self._learn(x0[rewarded], position[rewarded], drop[n_sweep:].view(-1, self.n_selected).sum(1))
         if self.base == "sweep":
             # Only now: what was drawn was drawn from the old one. The errors of an untrained model are 1.
             mass = self._swept_density(self.statistics_decay**self._n_sweeps).cumsum(0)
@@ -336,11 +329,11 @@ class AdaptiveTimestepSampler(TimestepSampler):
         chunks = zip(*(th.split(x, size) for x in (rows, t, noise)), strict=True)
         return th.cat([bound_terms(*chunk) for chunk in chunks])
 
-    def _learn(self, x0: th.Tensor, fraction: th.Tensor, drop: th.Tensor) -> None:
+    def _learn(self, x0: th.Tensor, position: th.Tensor, drop: th.Tensor) -> None:
         """One step of REINFORCE.
 
         :param x0: data, ``(batch, ...)``
-        :param fraction: what was drawn, ``(batch,)``
+        :param position: what was drawn, in cells of the sweep, ``(batch,)``
         :param drop: drop of each row's terms at the selected times, ``(batch,)``
         """
         beta = self.policy(x0)
@@ -358,7 +351,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         if self.normalize_reward:
             advantage = advantage / std.clamp(min=1e-12)
         concentrations = th.stack([beta.concentration1, beta.concentration0], dim=1)
-        loss = -(self._log_density(concentrations, fraction) * advantage).mean()
+        loss = -(self._log_density(concentrations, position) * advantage).mean()
         if self.entropy == "bonus":
             loss = loss - self.ent_coef * entropy.mean()
         self.optimizer.zero_grad()

@@ -35,7 +35,7 @@ class Draw(NamedTuple):
 
     :param t: times of the schedule, ``(batch,)``
     :param weight: the rule's own weights, ``(batch,)``
-    :param place: where the rule drew, if it learns from it: a bin, or a fraction of the schedule, ``(batch,)``
+    :param place: where the rule drew, if it learns from it: a bin, or a position in the sweep, ``(batch,)``
     """
 
     t: th.Tensor
