@@ -1,12 +1,16 @@
 """Recording: real Minari datasets of what a policy did, whole or not at all."""
 
+import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import faults
 import gymnasium as gym
 import minari
 import numpy as np
@@ -20,7 +24,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_diffrl import NCLQL
+from sb3_diffrl import NCLQL, OfflineDataset
 from sb3_diffrl.offline.evaluation import REFERENCES, normalized_score
 from sb3_diffrl.offline.recording import record_dataset
 from sb3_diffrl.offline.writing import ARROW_ROWS, DataFormat, DatasetWriter, recoverable_spec
@@ -395,6 +399,45 @@ record_dataset(policy, env, "test/killed-v0", n_steps=100)
     with pytest.raises(FileNotFoundError):
         minari.load_dataset("test/killed-v0")
     assert record_dataset(None, "Pendulum-v1", "test/killed-v0", n_steps=100).total_steps == 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_dies_while_it_replaces_a_dataset_leaves_the_former_or_the_new_one(
+    number: signal.Signals, tmp_path: Path, root: Path
+) -> None:
+    """It dies before the first thing that it renames, deletes or makes, then before the second, and so on."""
+    write_episodes("test/mine-v0", [2])
+
+    def replace(at: int) -> int:
+        met = 0
+
+        def die(event: str, _arguments: tuple[Any, ...]) -> None:
+            nonlocal met
+            met += event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+            if met == at:
+                met += 1
+                os.kill(os.getpid(), number)
+
+        with DatasetWriter("test/mine-v0", OBS_SPACE, ACTION_SPACE, overwrite=True) as writer:
+            writer.add_episode(np.zeros((4, 2)), np.zeros((3, 1)), np.zeros(3), np.zeros(3, bool), np.arange(3) == 2)
+            sys.addaudithook(die)
+            writer.publish()
+        return 3
+
+    found = []
+    for at in range(1, 50):
+        child = faults.forked(lambda at=at: replace(at), tmp_path / "result")  # type: ignore[misc]
+        has_died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        found.append(OfflineDataset.load("test/mine-v0").n_steps)
+        assert not list(root.glob("test/.*"))
+        if not has_died:
+            break
+        shutil.rmtree(root / "test/mine-v0")
+        write_episodes("test/mine-v0", [2])
+    # Before the two renames, between them, and after them
+    assert found == sorted(found)
+    assert (found[0], found[-1], has_died) == (2, 3, False)
+    assert found.count(2) > 3
 
 
 # Wrong arguments

@@ -16,7 +16,7 @@ from minari.storage.datasets_root_dir import get_dataset_path
 from sb3_diffrl.offline.episodes import check_episode
 from sb3_diffrl.offline.inspecting import check_episodes, check_metadata, memory_limit, read_opened, size_on_disk
 from sb3_diffrl.offline.spaces import check_same_spaces
-from sb3_diffrl.offline.writing import check_id
+from sb3_diffrl.offline.writing import check_id, settle
 
 DatasetSource: TypeAlias = str | minari.MinariDataset
 
@@ -63,6 +63,7 @@ def check_size(sources: Sequence[minari.MinariDataset], n_bytes: int) -> None:
 def _open(dataset_id: str) -> minari.MinariDataset:
     check_id(dataset_id)
     path = get_dataset_path(dataset_id)
+    settle(path)
     if not (path / "data").exists():
         make = "sb3-diffrl dataset make" if dataset_id.startswith("sb3-diffrl/") else "minari download"
         similar = difflib.get_close_matches(dataset_id, _local_ids(), cutoff=0.8)

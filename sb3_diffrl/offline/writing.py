@@ -1,5 +1,8 @@
 """Writing Minari datasets: nothing half-written can be taken for a whole."""
 
+import os
+import secrets
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -150,19 +153,46 @@ class DatasetWriter:
         if namespace is not None and namespace not in list_local_namespaces():
             with suppress(ValueError):  # another process was faster
                 create_namespace(namespace)
-        target, folder = get_dataset_path(self.dataset_id), Path(self._folder.name)
-        (folder / "new").mkdir()
-        (folder / "data").rename(folder / "new" / "data")
-        if target.exists():
-            target.rename(folder / "old")
+        target, new = get_dataset_path(self.dataset_id), Path(self._folder.name) / "new"
+        new.mkdir()
+        (new.parent / "data").rename(new / "data")
+        for path in (*new.rglob("*"), new):
+            _flush(path)
         try:
-            (folder / "new").rename(target)
-        except OSError:
-            if (folder / "old").exists():
-                (folder / "old").rename(target)
-            raise
+            if target.exists():
+                target.rename(target.with_name(f".{target.name}.{secrets.token_hex(4)}.former"))
+            new.rename(target)
+            _flush(target.parent)
+        finally:
+            settle(target)
         self._folder.cleanup()
         return minari.MinariDataset(target / "data")
+
+
+def settle(target: Path) -> None:
+    """Finish what a process did that died while it replaced a dataset: the former comes back, unless the new one is there.
+
+    :param target: the dataset's folder
+    """
+    for former in list(target.parent.glob(f".{target.name}.*.former")):
+        if not target.exists():
+            with suppress(OSError):  # another process was faster, or the folder is read-only
+                former.rename(target)
+        elif former.is_symlink():
+            former.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(former, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    # To the disk; only POSIX opens folders.
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_new_id(dataset_id: str, overwrite: bool) -> None:
@@ -173,6 +203,7 @@ def check_new_id(dataset_id: str, overwrite: bool) -> None:
     """
     check_id(dataset_id)
     path = get_dataset_path(dataset_id)
+    settle(path)
     if path.exists() and not (path / "data").exists():
         raise FileExistsError(f"{path} exists and is no dataset: choose another id than {dataset_id!r}.")
     if path.exists() and not overwrite:
