@@ -77,10 +77,23 @@ def check_gradient(
         first = next((gradient for gradient in gradients if not th.isfinite(gradient).all()), gradients[0])
         name = next((name for name, parameter in module.named_parameters() if parameter.grad is first), "a parameter")
         what = f"gradient is not finite, or too large for single precision (norm {first.norm().item():.3g} in {name})"
+    weights = "the weights are as before that step, and can be saved"
+    if not all(th.isfinite(parameter).all() for parameter in module.parameters()):
+        weights = "the weights are not finite either: a step before was too long"
     raise NonFiniteError(
-        f"The {what} at {when}; the weights are as before that step, and can be saved. A lower learning rate or smaller rewards "
-        'usually help; `on_nonfinite="skip"` leaves such steps out.'
+        f"The {what} at {when}; {weights}. A lower learning rate or smaller rewards usually help; "
+        '`on_nonfinite="skip"` leaves such steps out.'
     )
+
+
+def check_learning_rate(optimizers: Iterable[th.optim.Optimizer]) -> None:
+    """Check the learning rates that a schedule gave.
+
+    :raises ValueError: if one is negative or not finite
+    """
+    for rate in {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}:
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"`learning_rate` gave {rate}: it must be a finite number of at least 0, at every remaining progress.")
 
 
 def check_observation(obs: th.Tensor | dict[str, th.Tensor]) -> None:
@@ -125,7 +138,9 @@ def unscale_action(action_space: spaces.Box, scaled_action: np.ndarray) -> np.nd
     """
     if not np.isfinite(scaled_action).all():
         row = int(np.argwhere(~np.isfinite(scaled_action))[0, 0])
-        raise NonFiniteError(f"the policy's action {row} is {scaled_action[row]}: its weights are not finite, or too large")
+        raise NonFiniteError(
+            f"the policy's action {row} is {scaled_action[row]}: its weights or the action noise are not finite, or too large"
+        )
     low, high = action_space.low, action_space.high
     action = low + 0.5 * (scaled_action + 1.0) * (high - low)
     result: np.ndarray = np.clip(action, low, high).astype(action_space.dtype)

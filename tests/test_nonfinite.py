@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import CheckpointCallback, ConvertCallback
+from stable_baselines3.common.callbacks import CheckpointCallback, ConvertCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_diffrl import LQL, NCLQL, DiffusionBC, OfflineDataset
@@ -126,6 +126,43 @@ def test_observations_of_every_type_are_learned_from(algorithm: type[LQL], space
     assert all_finite(model)
     action, _ = model.predict(space.sample())
     assert env.action_space.contains(action)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_fault_of_the_evaluations_env_is_not_the_trainings(on_nonfinite: Any) -> None:
+    evaluated = FaultyEnv("observation", np.nan, at=3)
+    callback = EvalCallback(evaluated, eval_freq=30, n_eval_episodes=1, verbose=0, warn=False)
+    model = NCLQL("MlpPolicy", box_env(3, 2), **TINY, on_nonfinite=on_nonfinite)
+    with pytest.raises(NonFiniteError, match="observation 0 is nan") as error:
+        model.learn(60, callback)
+    assert "env step" not in str(error.value)
+    assert model.n_skipped == 0
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.size() == 29
+
+
+@pytest.mark.parametrize("part", ["td_loss", "smoothing_loss"])
+def test_the_part_of_an_online_loss_is_named(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = NCLQL("MlpPolicy", box_env(3, 2), **TINY).learn(30)
+    method = f"_{part}"
+    whole = getattr(model, method)
+    monkeypatch.setattr(model, method, lambda *args: (whole(*args)[0] * float("nan"), whole(*args)[1]))
+    with pytest.raises(NonFiniteError, match=f"{part} nan"):
+        model.train(1, 8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_learning_rate_that_is_none_is_named_before_it_is_used(value: float) -> None:
+    model = NCLQL("MlpPolicy", box_env(3, 2), learning_rate=lambda progress: 1e-3 if progress > 0.5 else value, **TINY)
+    with pytest.raises(ValueError, match=re.escape(f"`learning_rate` gave {value}")):
+        model.learn(100)
+    assert all(th.isfinite(parameter).all() for parameter in model.policy.parameters())
+
+
+def test_weights_that_a_step_too_long_has_poisoned_are_not_called_whole() -> None:
+    model = NCLQL("MlpPolicy", box_env(3, 2), learning_rate=1e38, **TINY)
+    with pytest.raises(NonFiniteError, match="the weights are not finite either"):
+        model.learn(100)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

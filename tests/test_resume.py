@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_diffrl import LQL, NCLQL, OfflineDataset, record_dataset
 from sb3_diffrl.pg import PG
@@ -144,6 +146,26 @@ def test_a_killed_recording_leaves_the_former_dataset(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         dataset = OfflineDataset.load(faults.DATASET)
     assert np.ptp(dataset.actions) > 1  # the random ones of before
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_an_online_run_with_normalisation_goes_on_to_the_bit(n_envs: int, tmp_path: Path) -> None:
+    def make() -> NCLQL:
+        env = VecNormalize(make_vec_env("Pendulum-v1", n_envs, seed=0))
+        return NCLQL("MlpPolicy", env, **TINY).learn(60)
+
+    whole = make().learn(40, reset_num_timesteps=False)
+    half = make()
+    half.save(tmp_path / "model")
+    half.save_replay_buffer(tmp_path / "buffer")
+    normalize = half.get_vec_normalize_env()
+    assert normalize is not None
+    normalize.save(str(tmp_path / "statistics"))
+    env = VecNormalize.load(str(tmp_path / "statistics"), copy.deepcopy(normalize.venv))
+    resumed = NCLQL.load(tmp_path / "model", env=env, force_reset=False, device="cpu")
+    resumed.load_replay_buffer(tmp_path / "buffer")
+    resumed.learn(40, reset_num_timesteps=False)
+    assert all(th.equal(*pair) for pair in zip(weights(whole), weights(resumed), strict=True))
 
 
 @pytest.mark.usefixtures("_datasets")

@@ -146,11 +146,12 @@ class GraphedUpdate:
                 group.update(lr=lr, capturable=capturable)
             del optimizer.found_inf, self.model._check_gradient
 
-    def check(self, loss: th.Tensor) -> th.Tensor:
+    def check(self, loss: th.Tensor, name: str) -> th.Tensor:
         """Note, on the device, whether a loss or its gradient is not finite; the optimiser looks at it.
 
         :return: norm of the gradient
         """
+        del name
         norm = th.nn.utils.get_total_norm([p.grad for p in self.model.critic.parameters() if p.grad is not None])
         self.found.copy_(th.maximum(self.found, (~th.isfinite(loss.detach() + norm)).float()))
         return norm

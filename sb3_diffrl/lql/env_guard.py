@@ -15,6 +15,10 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_diffrl.common import NonFiniteError
 
 
+class NonFiniteStepError(NonFiniteError):
+    """A NaN or infinite number in a step of the training environment, from the environment or in the action."""
+
+
 @contextmanager
 def finite(env: VecEnv) -> Iterator[None]:
     """While the block runs, a step or reset of the environment raises if it gives a NaN or infinite observation or reward.
@@ -23,7 +27,7 @@ def finite(env: VecEnv) -> Iterator[None]:
     check is put on the environment rather than around it: SB3's callbacks compare its wrappers with those of another.
 
     :param env: training environment
-    :raises NonFiniteError: in the block, naming the env and what it gave
+    :raises NonFiniteStepError: in the block, naming the env and what it gave
     """
     normalize = unwrap_vec_normalize(env)
     source = env if normalize is None else normalize.venv
@@ -71,8 +75,8 @@ def check_finite(what: str, values: Any, first_env: int = 0) -> None:
     :param what: what the values are, for the message
     :param values: ``(n_envs, ...)``
     :param first_env: index of the first row's env
-    :raises NonFiniteError: if a value is not finite in single precision, in which networks compute; the message names the env, what
-        it gave and where
+    :raises NonFiniteStepError: if a value is not finite in single precision, in which networks compute; the message names the env,
+        what it gave and where
     """
     if isinstance(values, dict):
         for key, value in values.items():
@@ -87,7 +91,7 @@ def check_finite(what: str, values: Any, first_env: int = 0) -> None:
         return
     index = tuple(int(i) for i in np.argwhere(~is_finite)[0])
     where = f" at index {list(index[1:])}" if len(index) > 1 else ""
-    raise NonFiniteError(f"env {first_env + index[0]} gave a non-finite {what}: {values[index]}{where}")
+    raise NonFiniteStepError(f"env {first_env + index[0]} gave a non-finite {what}: {values[index]}{where}")
 
 
 def _batch_of_one(obs: Any) -> Any:

@@ -31,13 +31,14 @@ from sb3_diffrl.common import (
     NonFiniteError,
     OnNonFinite,
     check_gradient,
+    check_learning_rate,
     check_on_nonfinite,
     check_positive,
     check_scalable,
 )
 from sb3_diffrl.lql.critic import LangevinCritic
 from sb3_diffrl.lql.cuda_graphs import GraphedUpdate
-from sb3_diffrl.lql.env_guard import check_observable, end_trajectory, finite
+from sb3_diffrl.lql.env_guard import NonFiniteStepError, check_observable, end_trajectory, finite
 from sb3_diffrl.lql.langevin import LangevinSampler, UpdateDraws
 from sb3_diffrl.lql.policies import BACKENDS, CnnPolicy, LangevinPolicy, MlpPolicy, MultiInputPolicy
 from sb3_diffrl.lql.random_state import random_state, set_random_state
@@ -222,6 +223,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self._apply_settings()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.critic.optimizer)
+        check_learning_rate([self.critic.optimizer])
 
         update = self._choose_update()
         metrics: list[Metrics] = []
@@ -282,7 +284,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         next_actions = self.policy.sample_actions(replay_data.next_observations, draws.chain)
         q_values = self._q_values(replay_data)
         loss, metrics = self._td_loss(q_values, replay_data, next_actions)
-        metrics["grad_norm"] = self._optimise(loss)
+        metrics["grad_norm"] = self._optimise(loss, "td_loss")
         self._update_target()
         return metrics
 
@@ -312,16 +314,16 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
             "action_saturation": (next_actions.abs() >= SATURATION).float().mean(),
         }
 
-    def _optimise(self, loss: th.Tensor) -> th.Tensor:
+    def _optimise(self, loss: th.Tensor, name: str) -> th.Tensor:
         # Returns the norm of the gradient
         self.critic.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = self._check_gradient(loss)
+        norm = self._check_gradient(loss, name)
         self.critic.optimizer.step()
         return norm
 
-    def _check_gradient(self, loss: th.Tensor) -> th.Tensor:
-        return check_gradient(loss, self.critic.parameters(), self.critic, f"env step {self.num_timesteps}")
+    def _check_gradient(self, loss: th.Tensor, name: str) -> th.Tensor:
+        return check_gradient(loss, self.critic.parameters(), self.critic, f"env step {self.num_timesteps}", {name: loss})
 
     def _choose_update(self) -> Callable[[ReplayBufferSamples, UpdateDraws], Metrics]:
         if self.policy.chain_backend != "cuda_graphs":
@@ -332,7 +334,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
 
     def _skip(self, error: NonFiniteError) -> None:
         if self.on_nonfinite == "raise" or self._skipped_in_a_row >= MAX_SKIPPED:
-            raise NonFiniteError(f"{error} {self.last_save}") from error
+            raise type(error)(f"{error} {self.last_save}") from error
         self.n_skipped += 1
         self._skipped_in_a_row += 1
 
@@ -388,11 +390,11 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
     def _fault_handling(self) -> Iterator[None]:
         try:
             yield
-        except NonFiniteError as error:
+        except NonFiniteStepError as error:
             # The env is past the fault: the next learn() starts a new episode.
             self._last_obs = None
             end_trajectory(self.replay_buffer)
-            raise NonFiniteError(
+            raise NonFiniteStepError(
                 f"At env step {self.num_timesteps}, {error}. The step was not stored and nothing was learned from it: the model "
                 "and its replay buffer can be saved, and `learn(..., reset_num_timesteps=False)` continues from a new episode."
             ) from None
@@ -406,11 +408,14 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         assert self.env is not None, "Set an environment with `set_env()` before calling `learn()`."
+        is_reset = reset_num_timesteps or self._last_obs is None
         with self._fault_handling(), finite(self.env):
             prepared = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         state, self._random_state = self._random_state, None
         if not reset_num_timesteps and state is not None and state["seed"] == self.seed:
             set_random_state(state, self.device, self.action_space)
+            if self._vec_normalize_env is not None and not is_reset and "returns" in state:
+                self._vec_normalize_env.returns = state["returns"]
         return prepared
 
     def collect_rollouts(
@@ -432,10 +437,18 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
                         self._restart(env)
                     options = (train_freq, replay_buffer, action_noise, learning_starts, log_interval)
                     return super().collect_rollouts(env, callback, *options)
-            except NonFiniteError as error:
+            except NonFiniteStepError as error:
                 if self.num_timesteps > before:
                     before, self._skipped_in_a_row = self.num_timesteps, 0
                 self._skip(error)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        except NonFiniteError as error:
+            raise NonFiniteStepError(str(error)) from error
 
     def _restart(self, env: VecEnv) -> None:
         self._last_obs = env.reset()  # type: ignore[assignment]
@@ -464,6 +477,9 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         :raises OSError: if it cannot be written, with the reason; a former file is as it was
         """
         self._random_state = {"seed": self.seed, **random_state(self.device, self.action_space)}
+        if self._vec_normalize_env is not None:
+            # Its own save() leaves them out
+            self._random_state["returns"] = self._vec_normalize_env.returns.copy()
         try:
             super().save(path, exclude, include)
         finally:

@@ -13,6 +13,8 @@ from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.native.library import ints, load, long_array, longs, pointer_array, pointers, work_memory
 
 MAX_HIDDEN, MAX_CRITICS = 16, 64
+# Rows of a first layer that take the embedding of the noise level, as wide as the critic makes it
+LEVEL_ROWS = 16
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: 0, nn.Tanh: 1, nn.SiLU: 2, nn.Mish: 3, Mish: 3}
 # Chains below which a second thread costs more than it brings
 MIN_CHAINS_PER_THREAD = 8
@@ -44,6 +46,21 @@ def _scales(sampler: LangevinSampler) -> th.Tensor:
     return th.stack([0.5 * sampler.inverse_temperature * step_sizes, step_sizes.sqrt()]).float()
 
 
+def _check_shape(name: str, tensor: th.Tensor, shape: tuple[int, ...]) -> None:
+    # C would read beyond the end.
+    if tensor.shape != shape or tensor.dtype != th.float32:
+        raise RuntimeError(f"The {name} are {tensor.dtype} of shape {tuple(tensor.shape)}, the networks take float32 of {shape}.")
+
+
+def _check_layers(weights: Sequence[th.Tensor], biases: Sequence[th.Tensor]) -> None:
+    n_models, n_in, _ = weights[0].shape
+    for weight, bias in zip(weights, biases, strict=True):
+        n_out = weight.shape[-1]
+        _check_shape("weights", weight, (n_models, n_in, n_out))
+        _check_shape("biases", bias, (n_models, 1, n_out))
+        n_in = n_out
+
+
 def sample(
     sampler: LangevinSampler,
     activation: type[nn.Module],
@@ -64,6 +81,7 @@ def sample(
     :param features: ``(batch, features_dim)``
     :param draws: start and noise of ``batch`` chains
     :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
+    :raises RuntimeError: if widths do not fit, as in torch
     """
     library = load()
     assert library is not None, "no compiled library: see `load()`"
@@ -71,16 +89,24 @@ def sample(
     scales = _scales(sampler)
     features, noise, actions = features.float().contiguous(), draws.noise.float().contiguous(), draws.start.float().clone()
     widths = [weight.shape[2] for weight in weights[:-1]]
+    _check_layers(weights, biases)
+    n_critics, (batch, action_dim) = len(weights[0]), actions.shape
+    taken = weights[0].shape[1] - (0 if level_terms is None else LEVEL_ROWS)
+    _check_shape("features", features, (batch, taken - action_dim))
+    _check_shape("noise", noise, (sampler.n_levels, sampler.n_steps, batch, action_dim))
+    if level_terms is not None:
+        level_terms = level_terms.float().contiguous()
+        _check_shape("terms of the noise levels", level_terms, (n_critics, sampler.n_levels, widths[0]))
     arrays = (long_array(widths), pointer_array(weights), pointer_array(biases))
     chain = _Chain(
-        len(weights[0]),
+        n_critics,
         features.shape[1],
-        actions.shape[1],
+        action_dim,
         weights[0].shape[1],
         len(widths),
         sampler.n_levels,
         sampler.n_steps,
-        len(features),
+        batch,
         ACTIVATIONS[activation],
         sampler.normalize_grad,
         *map(ctypes.addressof, arrays),
@@ -105,7 +131,9 @@ class _StackedMlp(th.autograd.Function):
         weights = [weight.detach().contiguous() for weight in parameters[::2]]
         biases = [bias.detach().contiguous() for bias in parameters[1::2]]
         inputs = inputs.detach().contiguous()
+        _check_layers(weights, biases)
         n_models, batch = len(weights[0]), inputs.shape[-2]
+        _check_shape("inputs", inputs, (*((n_models,) if inputs.ndim == 3 else ()), batch, weights[0].shape[1]))
         outputs = th.empty(n_models, batch, weights[-1].shape[2])
         widths = [weights[0].shape[1], *(weight.shape[2] for weight in weights)]
         arrays = [long_array(widths), pointer_array(weights), pointer_array(biases)]
@@ -125,7 +153,7 @@ class _StackedMlp(th.autograd.Function):
         library, mlp = load(), ctx.mlp
         assert library is not None
         weights, biases, inputs, *_ = ctx.kept
-        output_gradient = output_gradient.contiguous()
+        output_gradient = output_gradient.float().contiguous()
         gradients = [th.empty_like(tensor) for tensor in (*weights, *biases)]
         weight_gradients, bias_gradients = gradients[: len(weights)], gradients[len(weights) :]
         input_gradient = th.empty(mlp.n_models, *inputs.shape[-2:]) if ctx.needs_input_grad[1] else None
@@ -151,6 +179,7 @@ def stacked_mlp(
     :param weights: of each layer, ``(n_models, in, out)``
     :param biases: of each layer, ``(n_models, 1, out)``
     :return: ``(n_models, batch, out)``
+    :raises RuntimeError: if widths do not fit, as in torch
     """
     parameters = [parameter for pair in zip(weights, biases, strict=True) for parameter in pair]
     outputs: th.Tensor = _StackedMlp.apply(activation, inputs, *parameters)  # type: ignore[no-untyped-call]

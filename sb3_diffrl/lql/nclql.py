@@ -128,11 +128,11 @@ class NCLQL(LQL):
         next_actions = self.policy.sample_actions(replay_data.next_observations, draws.chain)
         q_values = self._q_values(replay_data)
         loss, metrics = self._td_loss(q_values, replay_data, next_actions)
-        metrics["grad_norm"] = self._optimise(loss)
+        metrics["grad_norm"] = self._optimise(loss, "td_loss")
         if draws.levels is not None and draws.noise is not None:
             # The target of the smoothing step is the critics' mean before the TD step
             loss, smoothing_metrics = self._smoothing_loss(q_values.detach().mean(dim=0), replay_data, draws.levels, draws.noise)
-            self._optimise(loss)
+            self._optimise(loss, "smoothing_loss")
             metrics.update(smoothing_metrics)
         self._update_target()
         return metrics

@@ -23,6 +23,7 @@ from sb3_diffrl.common import (
     OnNonFinite,
     check_count,
     check_gradient,
+    check_learning_rate,
     check_on_nonfinite,
     check_scalable,
 )
@@ -300,6 +301,7 @@ class OfflineAlgorithm(SafeSaving, ABC):
         while self.num_timesteps < total_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
             self._update_learning_rate(self._optimizers())
+            check_learning_rate(self._optimizers())
             self.policy.set_training_mode(True)
             try:
                 metrics.append(self.update())
