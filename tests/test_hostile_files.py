@@ -123,6 +123,24 @@ def test_hostile_policies_and_buffers_are_refused(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("algorithm", [LQL, NCLQL])
+def test_compiled_code_takes_no_other_widths_than_torch(algorithm: type[LQL], backend: str) -> None:
+    policy = algorithm(
+        "MlpPolicy", box_env(), buffer_size=10, policy_kwargs={"net_arch": [8], "backend": backend}, device="cpu"
+    ).policy
+    if backend == "native" and not policy.critic.can_compile:
+        pytest.skip("no compiler")
+    for width in (0, 2, 4, 6, 500):
+        features = th.zeros(4, width)
+        with pytest.raises(RuntimeError):
+            policy.sample_actions(features)
+        with pytest.raises(RuntimeError):
+            policy.critic.q_values(features, th.zeros(4, 3))
+    with pytest.raises(RuntimeError):
+        policy.critic.q_values(th.zeros(4, 5), th.zeros(4, 2))
+
+
 # ---------------------------------------------------------------------- datasets
 
 

@@ -20,6 +20,7 @@ from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckA
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her.goal_selection_strategy import GoalSelectionStrategy
 
 from sb3_diffrl import LQL, NCLQL, DiffusionBC
@@ -357,3 +358,74 @@ def test_pickled_buffers_need_trust(tmp_path: Path) -> None:
         model.load_replay_buffer(tmp_path / "buffer")
     model.load_replay_buffer(tmp_path / "buffer", trusted=True)
     assert type(model.replay_buffer) is OwnBuffer
+
+
+def rewrite(path: Path, change: Any) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    document = json.loads(entries["replay_buffer.json"])
+    change(document["attributes"], entries)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**entries, "replay_buffer.json": json.dumps(document)}.items():
+            archive.writestr(name, content)
+
+
+def array_entry(header: dict[str, Any], name: str) -> str:
+    return f"{[array[0] for array in header['arrays']].index(name)}.npy"
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def wide(header: dict[str, Any], entries: dict[str, Any]) -> None:
+    for name in ("observations", "next_observations"):
+        entries[array_entry(header, name)] = npy(np.zeros((100, 1, 7), np.float32))
+
+
+def many_rows(header: dict[str, Any], entries: dict[str, Any]) -> None:
+    header["state"]["buffer_size"] = 3_000_000
+    header["arrays"], header["state"]["rewards"] = [["observations", ""]], 0
+    entries["0.npy"] = npy(np.zeros((3_000_000, 1, 0), np.float32))
+
+
+DAMAGED: dict[str, Any] = {
+    "other width": wide,
+    "float64 rewards": lambda header, entries: entries.update({array_entry(header, "rewards"): npy(np.zeros((100, 1)))}),
+    "narrow actions": lambda header, entries: entries.update({array_entry(header, "actions"): npy(np.zeros((100, 1, 1), "f4"))}),
+    "no timeouts": lambda header, _: header["arrays"].pop(),
+    "rewards are a number": lambda header, _: header["arrays"].remove(["rewards", ""]) or header["state"].update(rewards=0),
+    "rows without data": many_rows,
+    "more than is there": lambda header, entries: entries.update({array_entry(header, "dones"): npy(np.zeros((100, 1)))[:-8]}),
+    "one more": lambda header, _: header["state"].update(sample=1),
+    "position": lambda header, _: header["state"].update(pos=100),
+    "dimension": lambda header, _: header["state"].update(action_dim=300),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED)
+def test_a_buffer_whose_parts_do_not_fit_is_refused(change: Any, tmp_path: Path) -> None:
+    model = trained(buffer_size=100)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    rewrite(tmp_path / "buffer.pkl", change)
+    with pytest.raises(ModelFileError, match=r"do not belong together|as large as it says"):
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+
+
+@pytest.mark.parametrize(
+    ("obs_dim", "action_dim", "n_envs", "named"),
+    [(1, 3, 1, "observation_space"), (500, 3, 1, "observation_space"), (5, 1, 1, "action_space"), (5, 3, 2, "n_envs")],
+)
+def test_a_buffer_of_another_env_is_the_callers_mistake(
+    obs_dim: int, action_dim: int, n_envs: int, named: str, tmp_path: Path
+) -> None:
+    model = trained()
+    other = NCLQL("MlpPolicy", DummyVecEnv([lambda: box_env(obs_dim, action_dim)] * n_envs), **TINY, buffer_size=20)
+    other.save_replay_buffer(tmp_path / "buffer")
+    kept = model.replay_buffer
+    with pytest.raises(ValueError, match=rf"does not belong to this model: its `{named}` is .* Load the buffer that") as caught:
+        model.load_replay_buffer(tmp_path / "buffer")
+    assert not isinstance(caught.value, ModelFileError)
+    assert model.replay_buffer is kept

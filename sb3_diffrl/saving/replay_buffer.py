@@ -1,15 +1,19 @@
 """Replay buffers as whole files that are read without running what they hold."""
 
+import inspect
 import io
 import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -21,6 +25,8 @@ BUFFERS: dict[str, type[ReplayBuffer]] = {
     buffer.__name__: buffer for buffer in (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
 }
 ENTRY = "replay_buffer.json"
+# Arrays of a buffer with hindsight that hold rows of the buffer, or their number
+POSITIONS = {"ep_start", "ep_length", "_current_ep_start"}
 
 BufferPath = str | Path | io.BufferedIOBase
 
@@ -85,14 +91,23 @@ class SafeReplayBuffers(OffPolicyAlgorithm):
         :param truncate_last_traj: with a ``HerReplayBuffer``, take the last trajectory as finished
         :param trusted: un-pickle files of Stable-Baselines3, or of buffers of your own: who wrote the file can run any code
         :raises ModelFileError: if the file is damaged, or pickled and not trusted
+        :raises ValueError: if it is of other spaces or another number of envs than the model; the model keeps its buffer
         """
-        self.replay_buffer = load_replay_buffer(path, trusted)
-        if isinstance(self.replay_buffer, HerReplayBuffer):
+        buffer = load_replay_buffer(path, trusted)
+        for name in ("observation_space", "action_space", "n_envs"):
+            theirs, ours = getattr(buffer, name, None), getattr(self, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"The replay buffer does not belong to this model: its `{name}` is {theirs}, the model's {ours}. Load the "
+                    "buffer that was saved with this model, or the model with an env like that of the buffer."
+                )
+        if isinstance(buffer, HerReplayBuffer):
             assert self.env is not None, "You must pass an environment at load time when using `HerReplayBuffer`"
-            self.replay_buffer.set_env(self.env)
+            buffer.set_env(self.env)
             if truncate_last_traj:
-                self.replay_buffer.truncate_last_trajectory()
-        self.replay_buffer.device = self.device
+                buffer.truncate_last_trajectory()
+        buffer.device = self.device
+        self.replay_buffer = buffer
 
 
 def _write(buffer: ReplayBuffer, file: Any) -> None:
@@ -126,8 +141,7 @@ def _read(file: Any, what: str) -> ReplayBuffer:
         header, _ = read_document(archive.read(ENTRY), what)
         cls, state = BUFFERS[header["class"]], decode_all(header["state"])
         for i, (name, key) in enumerate(header["arrays"]):
-            with archive.open(f"{i}.npy") as entry:
-                array = np.lib.format.read_array(entry, allow_pickle=False)
+            array = _read_array(archive, f"{i}.npy")
             if key:
                 state.setdefault(name, {})[key] = array
             else:
@@ -135,8 +149,10 @@ def _read(file: Any, what: str) -> ReplayBuffer:
         _check(cls, state)
         if cls is HerReplayBuffer:
             rows, n_envs = state["buffer_size"], state["n_envs"]
-            infos = state.get("infos") or [[{} for _ in range(n_envs)] for _ in range(rows)]
-            state |= {"infos": np.array(infos), "env": None}
+            infos = np.array(state.get("infos") or [[{} for _ in range(n_envs)] for _ in range(rows)])
+            if infos.shape != (rows, n_envs) or not all(isinstance(info, dict) for info in infos.flat):
+                raise ValueError("its parts do not belong together: infos")
+            state |= {"infos": infos, "env": None}
     except ModelFileError:
         raise
     except Exception as error:
@@ -146,17 +162,72 @@ def _read(file: Any, what: str) -> ReplayBuffer:
     return buffer
 
 
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as entry:
+        if np.lib.format.read_magic(entry) != (1, 0):
+            raise ValueError("its arrays are of another format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(entry)
+        # Room is made by the header's word.
+        if math.prod(shape) * dtype.itemsize != archive.getinfo(name).file_size - entry.tell():
+            raise ValueError("an array is not as large as it says")
+    with archive.open(name) as entry:
+        array: np.ndarray = np.lib.format.read_array(entry, allow_pickle=False)
+    return array
+
+
 def _check(cls: type[ReplayBuffer], state: dict[str, Any]) -> None:
-    # That the parts belong together: what does not would show long after loading.
-    rows, n_envs = state["buffer_size"], state["n_envs"]
-    if type(rows) is not int or type(n_envs) is not int or not (0 <= state["pos"] < rows and type(state["full"]) is bool):
+    # That a buffer of these settings would have these arrays: what does not would show long after loading, in compiled code even as
+    # a crash.
+    refused = [name for name, value in state.items() if isinstance(value, Refused)]
+    if refused:
+        raise ValueError(f"{', '.join(refused)} could not be saved")
+    rows, n_envs, rewards = state["buffer_size"], state["n_envs"], state["rewards"]
+    if type(rows) is not int or type(n_envs) is not int or min(rows, n_envs) < 1:
         raise ValueError("its counters are impossible")
-    wrong = [name for name, value in state.items() if callable(getattr(cls, name, None)) or isinstance(value, Refused)]
-    shapes = {name: value.shape[:2] for name, value in state.items() if isinstance(value, np.ndarray)}
-    for name in ("observations", "next_observations"):
-        if isinstance(state.get(name), dict):
-            shapes |= {f"{name} {key}": value.shape[:2] for key, value in state[name].items()}
-    shapes.pop("_current_ep_start", None)
-    wrong += [name for name, shape in shapes.items() if shape != (rows, n_envs)]
-    if wrong or not {"observations", "actions", "rewards", "dones"} <= state.keys():
-        raise ValueError(f"its parts do not belong together: {', '.join(map(str, wrong)) or 'some are missing'}")
+    # An array of its own size for each row, before anything is made by the number of rows or envs
+    if not isinstance(rewards, np.ndarray) or rewards.shape != (rows, n_envs):
+        raise ValueError("its parts do not belong together: rewards")
+    _check_observations(state)
+    like = _one_row(cls, state)
+    names = like.keys() - {"infos"}
+    wrong = sorted((names ^ state.keys()) - {"infos", "env", "device"})
+    wrong += [name for name in sorted(names & state.keys()) if not _belongs(like[name], state[name], name, rows)]
+    if type(state.get("pos")) is not int or not 0 <= state["pos"] < rows:
+        wrong.append("pos")
+    if wrong:
+        raise ValueError(f"its parts do not belong together: {', '.join(map(str, wrong))}")
+
+
+def _check_observations(state: dict[str, Any]) -> None:
+    # By the space's word alone, a row might be made that is larger than the file.
+    space, stored = state["observation_space"], state["observations"]
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    arrays = stored if isinstance(stored, dict) else {"": stored}
+    shape = (state["buffer_size"], state["n_envs"])
+    for key, part in parts.items():
+        if not isinstance(arrays.get(key), np.ndarray) or arrays[key].shape != (*shape, *get_obs_shape(part)):
+            raise ValueError(f"its parts do not belong together: observations {key}")
+
+
+def _one_row(cls: type[ReplayBuffer], state: dict[str, Any]) -> dict[str, Any]:
+    # Attributes of a new buffer of the same settings, with one row
+    known = {name for made in (ReplayBuffer, cls) for name in inspect.signature(made.__init__).parameters}
+    arguments = {name: state[name] for name in known & state.keys() - {"buffer_size"}}
+    if cls is HerReplayBuffer:
+        arguments["env"] = None
+    return vars(cls(buffer_size=state["n_envs"], device="cpu", **arguments))
+
+
+def _belongs(expected: Any, value: Any, name: str, rows: int) -> bool:
+    if isinstance(expected, dict) and expected and all(isinstance(part, np.ndarray) for part in expected.values()):
+        same = isinstance(value, dict) and value.keys() == expected.keys()
+        return same and all(_belongs(expected[key], value[key], name, rows) for key in expected)
+    if isinstance(expected, np.ndarray):
+        shape = expected.shape if name == "_current_ep_start" else (rows, *expected.shape[1:])
+        if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype != expected.dtype:
+            return False
+        # Places in the buffer, and their number
+        return name not in POSITIONS or bool(((value >= 0) & (value <= rows)).all())
+    if name in ("pos", "buffer_size"):  # looked at by themselves
+        return True
+    return type(value) is type(expected) and (name == "full" or bool(value == expected))
