@@ -1,12 +1,15 @@
 """Recording: real Minari datasets of what a policy did, whole or not at all."""
 
+import errno
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +441,43 @@ def test_a_process_that_dies_while_it_replaces_a_dataset_leaves_the_former_or_th
     assert found == sorted(found)
     assert (found[0], found[-1], has_died) == (2, 3, False)
     assert found.count(2) > 3
+
+
+@pytest.fixture
+def _small_disk(root: Path) -> Iterator[None]:
+    """A disk of a megabyte and a half, with a dataset."""
+    root.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(root)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting needs rights that this process does not have")
+    write_episodes("test/mine-v0", [2])
+    yield
+    subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+@pytest.mark.usefixtures("_small_disk")
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+def test_a_full_disk_is_named_and_leaves_everything_as_it_was(data_format: DataFormat, root: Path, tmp_path: Path) -> None:
+    def record() -> None:
+        record_dataset(None, "Pendulum-v1", "test/mine-v0", n_steps=1_000_000, data_format=data_format, overwrite=True)
+
+    # In a process of its own: where HDF5 finds the disk full, it may end the process.
+    error = faults.outcome(record, tmp_path / "result")["error"]
+    assert error.startswith(f"OSError: [Errno {errno.ENOSPC}] No space left on device. No dataset was written, and a former one")
+    assert str(root) in error
+    assert [path.name for path in root.iterdir()] == ["test"]
+    assert minari.load_dataset("test/mine-v0").total_steps == 2
+
+
+def test_an_error_of_the_system_that_hdf5_meets_is_named(root: Path, tmp_path: Path) -> None:
+    def record() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        record_dataset(None, "Pendulum-v1", "test/large-v0", n_steps=20_000)
+
+    error = faults.outcome(record, tmp_path / "result")["error"]
+    assert error.startswith(f"OSError: [Errno {errno.EFBIG}] File too large. No dataset was written")
+    assert not list(root.iterdir())
 
 
 # Wrong arguments

@@ -1,12 +1,14 @@
 """Writing Minari datasets: nothing half-written can be taken for a whole."""
 
+import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
@@ -24,13 +26,15 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.serialization import serialize_space
 from minari.storage.datasets_root_dir import get_dataset_path
 
-from sb3_diffrl.offline.episodes import check_episode
+from sb3_diffrl.offline.episodes import check_episode, leaves
 from sb3_diffrl.offline.infos import InfoColumns
 from sb3_diffrl.offline.spaces import stack
 
 DataFormat = Literal["hdf5", "arrow"]
 # Minari takes each batch of rows that pyarrow gives it for an episode, and this is a batch's default size.
 ARROW_ROWS = 131072
+# Beside an episode's own size: HDF5 may end the whole process when it finds the disk full.
+ROOM = 2**20
 
 
 class DatasetWriter:
@@ -47,6 +51,7 @@ class DatasetWriter:
     :param overwrite: replace a dataset of this id, once the new one is whole
     :raises FileExistsError: if there is a dataset of this id and ``overwrite`` is false
     :raises ValueError: if the id is malformed or Minari cannot store the spaces
+    :raises OSError: here and in what follows, if the disk is full or the folder cannot be written, with the reason and the folder
     """
 
     def __init__(
@@ -69,16 +74,17 @@ class DatasetWriter:
         self.n_steps = self.n_episodes = 0
         self._infos = InfoColumns()
         self._episode_metadata: list[dict[str, float]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix=".recording-", dir=get_dataset_path())
-        self._storage = MinariStorage.new(
-            Path(self._folder.name) / "data",
-            observation_space=observation_space,
-            action_space=action_space,
-            env_spec=env_spec,
-            data_format=data_format,
-            # JPEG would change the observations that a policy saw.
-            jpeg_encoding=False,
-        )
+        with _saying_where():
+            self._folder = tempfile.TemporaryDirectory(prefix=".recording-", dir=get_dataset_path())
+            self._storage = MinariStorage.new(
+                Path(self._folder.name) / "data",
+                observation_space=observation_space,
+                action_space=action_space,
+                env_spec=env_spec,
+                data_format=data_format,
+                # JPEG would change the observations that a policy saw.
+                jpeg_encoding=False,
+            )
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -130,7 +136,10 @@ class DatasetWriter:
             raise ValueError(
                 f"Episode {self.n_episodes} has {steps} steps: Minari reads at most {ARROW_ROWS - 1} from arrow. Use hdf5."
             )
-        self._storage.update_episodes([episode])
+        with _saying_where():
+            parts = (episode.observations, episode.actions, episode.infos, *flags.values())
+            _check_room(Path(self._folder.name), sum(np.asarray(leaf).nbytes for leaf in leaves(parts)))
+            self._storage.update_episodes([episode])
         self._episode_metadata.append(minari.EpisodeMetadataCallback()(flags))
         self.n_episodes += 1
         self.n_steps += steps
@@ -144,29 +153,53 @@ class DatasetWriter:
         """
         if self.n_episodes == 0:
             raise ValueError(f"No episode was added to {self.dataset_id}.")
-        self._storage.update_episode_metadata(self._episode_metadata)
-        own = {"dataset_id": self.dataset_id, "minari_version": minari.__version__}
-        self._storage.update_metadata({**(metadata or {}), **own})
-
         check_new_id(self.dataset_id, self.overwrite)
-        namespace = parse_dataset_id(self.dataset_id)[0]
-        if namespace is not None and namespace not in list_local_namespaces():
-            with suppress(ValueError):  # another process was faster
-                create_namespace(namespace)
+        own = {"dataset_id": self.dataset_id, "minari_version": minari.__version__}
         target, new = get_dataset_path(self.dataset_id), Path(self._folder.name) / "new"
-        new.mkdir()
-        (new.parent / "data").rename(new / "data")
-        for path in (*new.rglob("*"), new):
-            _flush(path)
-        try:
-            if target.exists():
-                target.rename(target.with_name(f".{target.name}.{secrets.token_hex(4)}.former"))
-            new.rename(target)
-            _flush(target.parent)
-        finally:
-            settle(target)
+        with _saying_where():
+            _check_room(new.parent, 1000 * self.n_episodes)
+            self._storage.update_episode_metadata(self._episode_metadata)
+            self._storage.update_metadata({**(metadata or {}), **own})
+            namespace = parse_dataset_id(self.dataset_id)[0]
+            if namespace is not None and namespace not in list_local_namespaces():
+                with suppress(ValueError):  # another process was faster
+                    create_namespace(namespace)
+            new.mkdir()
+            (new.parent / "data").rename(new / "data")
+            for path in (*new.rglob("*"), new):
+                _flush(path)
+            try:
+                if self.overwrite and target.exists():
+                    target.rename(target.with_name(f".{target.name}.{secrets.token_hex(4)}.former"))
+                new.rename(target)
+                _flush(target.parent)
+            finally:
+                settle(target)
         self._folder.cleanup()
         return minari.MinariDataset(target / "data")
+
+
+def _check_room(folder: Path, n_bytes: int) -> None:
+    # Twice, for what the formats add
+    if shutil.disk_usage(folder).free < 2 * n_bytes + ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def _saying_where() -> Iterator[None]:
+    # h5py raises a RuntimeError for some of the system's errors, with their number in the text.
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found = re.search(r"errno = (\d+)", str(error))
+        number = getattr(error, "errno", None) or (int(found[1]) if found else errno.EIO)
+        reason = os.strerror(number) if found else getattr(error, "strerror", None) or str(error)
+        raise OSError(
+            number,
+            f"{reason}. No dataset was written, and a former one is as it was; make room, or set `MINARI_DATASETS_PATH` to another "
+            "folder",
+            str(get_dataset_path()),
+        ) from error
 
 
 def settle(target: Path) -> None:
