@@ -102,6 +102,49 @@ def reshape_weights(content: bytes, rng: np.random.Generator) -> bytes:
     return pack({**entries, "policy.pth": buffer.getvalue()})
 
 
+def change_optimizer(content: bytes, rng: np.random.Generator) -> bytes:
+    """A moment of another shape, type or value, one too many or too few."""
+    entries = unpack(content)
+    name = next(name for name in entries if name.endswith("optimizer.pth"))
+    saved = th.load(io.BytesIO(entries[name]), weights_only=True)
+    state = saved["state"][0]
+    key = ("exp_avg", "exp_avg_sq", "step")[rng.integers(3)]
+    values: list[Any] = [
+        th.zeros(1),
+        th.full_like(state[key], float("nan")),
+        th.zeros(()).expand(10**8),
+        "text",
+        None,
+        th.zeros(7, 3),
+    ]
+    values += [th.sparse_coo_tensor(th.zeros(1, 1, dtype=th.long), th.ones(1), (10**12,)), state[key].to(th.complex64), -1]
+    kind = rng.integers(12)
+    if kind < 9:
+        state[key] = values[kind]
+        if key == "step" and kind == 0:
+            del state[key]
+    elif kind == 9:
+        state["more"] = th.zeros(1)
+    elif kind == 10:
+        saved["state"][99] = dict(state)
+    else:
+        saved["param_groups"][0]["params"].pop()
+    buffer = io.BytesIO()
+    th.save(saved, buffer)
+    return pack({**entries, name: buffer.getvalue()})
+
+
+def poison_weights(content: bytes, rng: np.random.Generator) -> bytes:
+    """A weight that is not finite."""
+    entries = unpack(content)
+    state = th.load(io.BytesIO(entries["policy.pth"]), weights_only=True)
+    name = [name for name, value in state.items() if isinstance(value, th.Tensor) and value.is_floating_point()][0]
+    state[name].flatten()[rng.integers(state[name].numel())] = (float("nan"), float("inf"))[rng.integers(2)]
+    buffer = io.BytesIO()
+    th.save(state, buffer)
+    return pack({**entries, "policy.pth": buffer.getvalue()})
+
+
 def plant_pickle(content: bytes, rng: np.random.Generator) -> bytes:
     """A pickle that leaves a mark, wherever one might be read."""
     entries = unpack(content)
@@ -181,5 +224,6 @@ MUTATIONS: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
     function.__name__: function
     for function in (
         *(flip_bits, flip_json, truncate, replace_value, reshape_weights, plant_pickle, traverse, bomb, change_version, drop_entry),
+        *(change_optimizer, poison_weights),
     )
 }

@@ -38,7 +38,7 @@ def files() -> dict[str, tuple[type[Any], bytes, dict[str, th.Tensor]]]:
         NCLQL(
             "MlpPolicy", box_env(), buffer_size=100, policy_kwargs={"net_arch": [8]}, learning_starts=5, batch_size=8, device="cpu"
         ).learn(10),
-        DiffusionBC("MlpPolicy", dataset=tiny_dataset(), policy_kwargs={"net_arch": [8]}, device="cpu", seed=0),
+        DiffusionBC("MlpPolicy", dataset=tiny_dataset(), policy_kwargs={"net_arch": [8]}, device="cpu", seed=0).learn(3),
     ]
     found = {}
     for model in models:
@@ -76,6 +76,27 @@ def test_a_mutated_file_is_an_error_or_the_right_model(
     assert all(len(message) > 30 for message in messages)
     # In kB; the bombs would take gigabytes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000
+
+
+def test_settings_of_an_optimiser_are_the_models_own(files: dict[str, Any]) -> None:
+    cls, content, _ = files["NCLQL"]
+    entries = unpack(content)
+    saved = th.load(io.BytesIO(entries["critic.optimizer.pth"]), weights_only=True)
+    saved["param_groups"][0] |= {"betas": (0.9, float("nan")), "eps": "x", "lr": -1.0, "fused": None, "maximize": True}
+    buffer = io.BytesIO()
+    th.save(saved, buffer)
+    model = cls.load(io.BytesIO(pack({**entries, "critic.optimizer.pth": buffer.getvalue()})), env=box_env(), device="cpu")
+    group = model.critic.optimizer.param_groups[0]
+    assert [group[name] for name in ("betas", "eps", "fused", "maximize")] == [(0.9, 0.999), 1e-8, True, False]
+    assert th.equal(model.critic.optimizer.state_dict()["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
+def test_variables_of_other_classes_are_not_put_anywhere(files: dict[str, Any]) -> None:
+    cls, content, _ = files["NCLQL"]
+    buffer = io.BytesIO()
+    th.save({"policy.critic.layers.0.weight": th.zeros(1)}, buffer)
+    with pytest.raises(ModelFileError, match=r"holds variables of a class of your own.*trusted=True"):
+        cls.load(io.BytesIO(pack({**unpack(content), "pytorch_variables.pth": buffer.getvalue()})), device="cpu")
 
 
 def test_the_planted_pickle_works_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
+import torch as th
+
 from sb3_diffrl.saving.versions import versions
 
 #: Entry of the zip with the attributes as JSON; Stable-Baselines3's own entry ``data``, which holds pickles, is beside it.
@@ -14,6 +16,9 @@ ENTRY = "sb3_diffrl.json"
 #: Version of what that entry looks like
 FORMAT = 1
 WEIGHTS = re.compile(r"[a-z][a-zA-Z0-9_]*(\.[a-z][a-zA-Z0-9_]*)*\.pth")
+
+#: Entries of Stable-Baselines3 for tensors that are in no network
+VARIABLES = {"pytorch_variables.pth", "tensors.pth"}
 
 
 class ModelFileError(ValueError):
@@ -118,7 +123,21 @@ def read_archive(file: BinaryIO, what: str) -> Archive:
         raise ModelFileError(f"{what} is damaged: {str(error)[:200] or type(error).__name__}.") from error
     for name, content in weights.items():
         check_weights(content, f"{name} in {what}")
+    for name in VARIABLES & weights.keys():
+        _check_empty(weights.pop(name), f"{name} in {what}")
     return Archive(attributes, saved, weights, system_info)
+
+
+def _check_empty(content: bytes, what: str) -> None:
+    # Such tensors would be put wherever their names say, whatever their shape.
+    try:
+        variables = th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ModelFileError(f"{what} is damaged: {str(error)[:200] or type(error).__name__}.") from error
+    if variables:
+        raise ModelFileError(
+            f"{what} holds variables of a class of your own. If you know where the file comes from, load it with `trusted=True`."
+        )
 
 
 def check_weights(content: bytes, what: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.save_util import open_path
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.save_util import load_from_zip_file, open_path, recursive_getattr
+from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -18,6 +18,7 @@ from sb3_diffrl.saving.archive import ENTRY, Archive, ModelFileError, document, 
 from sb3_diffrl.saving.atomic import atomic_file, target_of
 from sb3_diffrl.saving.building import bounded
 from sb3_diffrl.saving.encoding import NotAllowedError, Refused, decode_all, encode_all
+from sb3_diffrl.saving.parameters import checked
 from sb3_diffrl.saving.versions import note_differences
 
 SelfSafeSaving = TypeVar("SelfSafeSaving", bound="SafeSaving")
@@ -128,6 +129,28 @@ class SafeSaving(BaseAlgorithm):
             get_system_info()
         note_differences(archive.versions, stacklevel=2)
         return cls._noted(cls._build(archive, attributes, what, env, device, print_system_info, force_reset, kwargs), path)
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """Put weights and states of optimisers in place, as every SB3 algorithm does.
+
+        :param load_path_or_dict: file of a saved model, or what ``get_parameters()`` gives
+        :param exact_match: raise if some are missing
+        :param device: where to read tensors to
+        :raises RuntimeError: if a tensor is of another shape or type than its place, or not finite; nothing is changed then
+        :raises ValueError: if there are other parts than the model has
+        """
+        parameters = load_path_or_dict
+        if not isinstance(parameters, dict):
+            _, parameters, _ = load_from_zip_file(parameters, device=device, load_data=False)
+            assert parameters is not None
+        names = self._get_torch_save_params()[0]
+        unknown = [name for name in parameters if name not in names]
+        if unknown:
+            raise ValueError(f"Key {unknown[0][:100]} is an invalid object name: a {type(self).__name__} has {', '.join(names)}.")
+        fitting = {name: checked(recursive_getattr(self, name), state, name) for name, state in parameters.items()}
+        super().set_parameters(fitting, exact_match, device)
 
     @staticmethod
     def _noted(model: SelfSafeSaving, path: str | Path | io.BufferedIOBase) -> SelfSafeSaving:

@@ -14,6 +14,7 @@ from sb3_diffrl.saving.archive import ModelFileError, check_weights, document, r
 from sb3_diffrl.saving.atomic import atomic_file
 from sb3_diffrl.saving.building import bounded
 from sb3_diffrl.saving.encoding import NotAllowedError, Refused, decode_all, encode_all
+from sb3_diffrl.saving.parameters import checked
 from sb3_diffrl.saving.versions import note_differences
 
 SelfSafePolicySaving = TypeVar("SelfSafePolicySaving", bound="SafePolicySaving")
@@ -79,7 +80,7 @@ class SafePolicySaving(BasePolicy):
         try:
             with bounded(len(content)):
                 policy = cls(**arguments, lr_schedule=cls._dummy_schedule)
-                policy.load_state_dict(state)
+                policy.load_state_dict(checked(policy, state, "its state_dict"))
         except Exception as error:
             raise ModelFileError(
                 f"{what} is damaged: what it holds does not make a {cls.__name__} ({type(error).__name__}: {str(error)[:500]})."
