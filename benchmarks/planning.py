@@ -39,7 +39,7 @@ GUIDANCES = ("none", "cg", "cfg", "pg", "mcss")
 METHODS = ("pg", "pg-sampled", "none", "cg", "cfg", "mcss")
 # Selection among 50 plans at each step costs as much as all else together.
 EPISODES = {"mcss": 20}
-NUM_INFERENCE_STEPS = 10
+NUM_INFERENCE_STEPS = 20
 
 
 def train(name: str, task: Task, seeds: list[int], models: Path, out: Path) -> None:

@@ -36,19 +36,21 @@ class Task(NamedTuple):
 
 
 _MAZE = PRESETS["pointmaze"]["cpu"]
-_FAR = {**_MAZE, "horizon": 12, "stride": 20}
+_FAR = {**_MAZE, "stride": 20}
+_NEAR = {**_MAZE, "horizon": 8, "policy_kwargs": {**_MAZE["policy_kwargs"], "prior_width": 256}}
 _RELATIVE, _PLAN = {"relative": True}, {"prediction_type": "sample"}
 _RUN = PRESETS["locomotion"]["cpu"]
+_UMAZE, _MEDIUM = "sb3-diffrl/pointmaze/umaze-v0", "sb3-diffrl/pointmaze/medium-v0"
 TASKS = {
-    "umaze": Task("sb3-diffrl/pointmaze/umaze-v0", True, _MAZE, 4_000, 2_000),
-    "umaze-far": Task("sb3-diffrl/pointmaze/umaze-v0", True, _FAR, 4_000, 2_000),
-    # What the planner denoises and predicts
-    "umaze-displacements": Task("sb3-diffrl/pointmaze/umaze-v0", True, {**_MAZE, **_RELATIVE, **_PLAN}, 4_000, 2_000),
-    "umaze-displacements-epsilon": Task("sb3-diffrl/pointmaze/umaze-v0", True, {**_MAZE, **_RELATIVE}, 4_000, 2_000),
-    "umaze-sample": Task("sb3-diffrl/pointmaze/umaze-v0", True, {**_MAZE, **_PLAN}, 4_000, 2_000),
-    "medium": Task("sb3-diffrl/pointmaze/medium-v0", True, _FAR, 4_000, 2_000),
-    "umaze-goal": Task("sb3-diffrl/pointmaze/umaze-v0", False, _MAZE, 4_000, 2_000),
-    "medium-goal": Task("sb3-diffrl/pointmaze/medium-v0", False, _FAR, 4_000, 2_000),
+    "umaze": Task(_UMAZE, True, _MAZE, 8_000, 5_000),
+    "medium": Task(_MEDIUM, True, _FAR, 8_000, 5_000),
+    "umaze-goal": Task(_UMAZE, False, _MAZE, 8_000, 5_000),
+    "medium-goal": Task(_MEDIUM, False, _FAR, 8_000, 5_000),
+    # What the planner denoises and predicts, with shorter plans
+    "umaze-states": Task(_UMAZE, True, _NEAR, 4_000, 2_000),
+    "umaze-displacements": Task(_UMAZE, True, {**_NEAR, **_RELATIVE, **_PLAN}, 4_000, 2_000),
+    "umaze-displacements-epsilon": Task(_UMAZE, True, {**_NEAR, **_RELATIVE}, 4_000, 2_000),
+    "umaze-sample": Task(_UMAZE, True, {**_NEAR, **_PLAN}, 4_000, 2_000),
     "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000),
     "halfcheetah-medium-replay": Task("sb3-diffrl/halfcheetah/medium-replay-v0", False, _RUN, 4_000, 2_000),
 }

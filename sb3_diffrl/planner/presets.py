@@ -21,7 +21,7 @@ _FALLS: dict[str, Any] = {"horizon": 4, "stride": 1, "terminal_reward": -100.0, 
 #: Domain -> size -> keyword arguments of ``DiffusionPlanner`` and ``PG``.
 PRESETS: dict[Domain, dict[Size, dict[str, Any]]] = {
     "pointmaze": {
-        "cpu": {**_SMALL, **_POINT, "horizon": 8, "stride": 15},
+        "cpu": {**_SMALL, **_POINT, "horizon": 12, "stride": 15},
         "paper": {**_FULL, **_POINT, "horizon": 32, "stride": 4},
     },
     "antmaze": {
