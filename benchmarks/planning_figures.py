@@ -94,7 +94,7 @@ def table(task: str, results: dict[str, dict[int, Columns]]) -> str:
 def denoised_table() -> str:
     """Markdown table of what the planner denoises and predicts, on umaze."""
     rows = {
-        ("states", "the noise (the papers)"): "umaze",
+        ("states", "the noise (the papers)"): "umaze-states",
         ("states", "the plan"): "umaze-sample",
         ("displacements", "the noise"): "umaze-displacements-epsilon",
         ("displacements", "the plan"): "umaze-displacements",
