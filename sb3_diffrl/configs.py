@@ -2,12 +2,14 @@
 
 RL Zoo loads saved configurations by ``yaml.UnsafeLoader``, evaluates some of their strings as Python and imports whatever they
 name. Here a file is data: YAML's own types and the two tags that RL Zoo writes; strings such as ``dict(net_arch=[64, 64])`` are
-parsed, never evaluated; and classes are imported from well-known packages only, unless the caller trusts the file.
+parsed, never evaluated; and names are those of wrappers, callbacks and policies of well-known packages, which are told no file to
+write, unless the caller trusts the file.
 """
 
 import ast
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +21,6 @@ import yaml
 KNOWN_PACKAGES = (
     "gymnasium",
     "gymnasium_robotics",
-    "minari",
     "minigrid",
     "rl_zoo3",
     "sb3_contrib",
@@ -28,8 +29,19 @@ KNOWN_PACKAGES = (
 )
 #: Keys whose strings RL Zoo evaluates as Python.
 EVALUATED = ("monitor_kwargs", "normalize", "policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs")
-#: Keys whose strings name something to import, in the order in which they are used.
-IMPORTED = ("env_wrapper", "vec_env_wrapper", "callback", "policy")
+#: Keys whose strings name something to import, and the class that it has to be a subclass of.
+IMPORTED = {
+    "env_wrapper": "gymnasium.Wrapper",
+    "vec_env_wrapper": "stable_baselines3.common.vec_env.VecEnvWrapper",
+    "callback": "stable_baselines3.common.callbacks.BaseCallback",
+    "policy": "stable_baselines3.common.policies.BasePolicy",
+}
+#: Bytes of a file, and of what it would be with its aliases written out; and how deep it may be nested. RL Zoo's have 20,000 and 5.
+MAX_SIZE, MAX_DEPTH = 2**20, 50
+# Characters of a string that is parsed as Python.
+_MAX_EXPRESSION = 10_000
+# Words in the name of an argument that says which file to write.
+_PATH = re.compile(r"(^|_)(path|file|filename|folder|dir|directory)s?($|_)")
 # Names that strings of configurations may use besides literals, and where they come from.
 _NAMESPACES = {
     "nn": "torch.nn",
@@ -50,7 +62,47 @@ class UnsafeConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML's own types, and the tags that RL Zoo writes when it saves a run."""
+    """YAML's own types, and the tags that RL Zoo writes when it saves a run; no more than can be written out."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _written_out(node, {})
+        return super().construct_document(node)
+
+
+def _written_out(node: yaml.Node, seen: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Size and depth of a node with its aliases written out. A few lines of aliases of aliases are more than any memory holds."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value), 1
+    if id(node) not in seen:
+        seen[id(node)] = None
+        children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        parts = [_written_out(child, seen) for child in children]
+        seen[id(node)] = 1 + sum(size for size, _ in parts), 1 + max((depth for _, depth in parts), default=0)
+    found = seen[id(node)]
+    if found is None:
+        raise ValueError("it holds an alias of what the alias is in")
+    if found[0] > MAX_SIZE or found[1] > MAX_DEPTH:
+        raise ValueError(
+            f"with its aliases written out, it has more than {MAX_SIZE} bytes, or is nested more than {MAX_DEPTH} deep"
+        )
+    return found
+
+
+def _integer(loader: _Loader, node: yaml.Node) -> int:
+    number = int(loader.construct_yaml_int(node))
+    if abs(number) >= 2**63:
+        raise ValueError("it holds an integer of more than 64 bits")
+    return number
 
 
 def _ordered_dict(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
@@ -62,6 +114,7 @@ def _ordered_dict(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Loader.add_constructor(
     "tag:yaml.org,2002:python/tuple",
     lambda loader, node: tuple(loader.construct_sequence(node, deep=True)),
@@ -73,17 +126,44 @@ def load_yaml(path: str | Path) -> Any:
 
     :raises FileNotFoundError: if there is none
     :raises UnsafeConfigError: if it holds Python objects, which are code in disguise
-    :raises ValueError: if it is not YAML
+    :raises ValueError: if it is not YAML, or more than ``MAX_SIZE`` or ``MAX_DEPTH``
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    if path.stat().st_size > MAX_SIZE:
+        raise ValueError(f"{path} has more than {MAX_SIZE} bytes, which no configuration has.")
+    content = path.read_bytes()
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(content.decode("utf-8-sig"), Loader=_Loader)
+    except UnsafeConfigError:
+        raise
     except yaml.constructor.ConstructorError as error:
         raise UnsafeConfigError(f"{path} holds {error.problem}: only plain data are read from a configuration.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    except Exception as error:
+        # PyYAML's constructors let through whatever their conversions raise, from KeyError to AttributeError.
+        kind = "" if isinstance(error, (yaml.YAMLError, ValueError)) else f"{type(error).__name__}, "
+        raise ValueError(f"{path} is not YAML that is read: {kind}{str(error)[:500]}.") from error
+
+
+def load_settings(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of names and their values, see ``load_yaml()``.
+
+    :raises ValueError: if it holds anything else
+    """
+    return settings(load_yaml(path), str(path))
+
+
+def settings(value: Any, what: str) -> dict[str, Any]:
+    """Check that a value is a dict whose keys are strings.
+
+    :param what: the value's name in the message
+    :return: a copy
+    :raises ValueError: if it is anything else
+    """
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what} holds no settings, lines such as `name: value`.")
+    return dict(value)
 
 
 def dump_yaml(data: Any, path: Path) -> None:
@@ -115,12 +195,16 @@ def parse_python(text: str) -> Any:
 
     :raises UnsafeConfigError: if there is anything else in it
     """
+    shown = repr(text if len(text) < 200 else text[:200] + "...")
+    if len(text) > _MAX_EXPRESSION:
+        raise UnsafeConfigError(f"{shown} has more than {_MAX_EXPRESSION} characters")
     try:
         return _value(ast.parse(text.strip(), mode="eval").body)
-    except SyntaxError as error:
-        raise UnsafeConfigError(f"{text!r} is not a Python expression.") from error
     except UnsafeConfigError as error:
-        raise UnsafeConfigError(f"{text!r} is not read: {error}") from None
+        raise UnsafeConfigError(f"{shown} is not read: {error}") from None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        # Besides syntax: zero bytes, keys that are lists, numbers without end, thousands of brackets.
+        raise UnsafeConfigError(f"{shown} is not a Python expression that is read ({type(error).__name__})") from error
 
 
 def _value(node: ast.expr) -> Any:
@@ -192,20 +276,55 @@ def resolve(hyperparams: Mapping[str, Any], trust: bool = False) -> dict[str, An
             except UnsafeConfigError as error:
                 if not trust:
                     raise UnsafeConfigError(f"`{key}`: {error}. {_TRUST}") from None
-    for key in IMPORTED:
-        for name in imported_names(resolved.get(key)):
-            if not trust and "." in name and name.split(".")[0] not in KNOWN_PACKAGES:
-                raise UnsafeConfigError(f"`{key}` names {name}, which is not of {', '.join(KNOWN_PACKAGES)}. {_TRUST}")
+    if not trust:
+        for key, kind in IMPORTED.items():
+            for name, arguments in named(resolved.get(key), key):
+                if key != "policy" or "." in name:
+                    _check_name(key, name, arguments, kind)
     return resolved
 
 
-def imported_names(entry: Any) -> list[str]:
-    """Names in an ``env_wrapper``, ``callback`` or ``policy`` entry: a string, ``{name: arguments}``, or a list of these."""
+def _check_name(key: str, name: str, arguments: Mapping[str, Any], kind: str) -> None:
+    """RL Zoo calls what is under a name: it has to be a class of its kind, of a known package, that is told no file to write."""
+    if "." not in name:
+        raise ValueError(f"`{key}` names {name!r}, which is not of the form package.module.Class.")
+    if name.split(".")[0] not in KNOWN_PACKAGES:
+        raise UnsafeConfigError(f"`{key}` names {name}, which is not of {', '.join(KNOWN_PACKAGES)}. {_TRUST}")
+    try:
+        base, found = _found(kind), _found(name)
+    except Exception as error:
+        # What a module raises when it is imported is its own affair.
+        raise ValueError(f"`{key}` names {name}, which cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, base) and found.__module__.split(".")[0] in KNOWN_PACKAGES):
+        raise UnsafeConfigError(f"`{key}` names {name}, which is not a subclass of {kind} in {', '.join(KNOWN_PACKAGES)}. {_TRUST}")
+    told = [argument for argument in arguments if _PATH.search(argument)]
+    if told:
+        raise UnsafeConfigError(f"`{key}` tells {name} which file to write: {', '.join(told)}. {_TRUST}")
+
+
+def _found(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def named(entry: Any, key: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and their arguments in an ``env_wrapper``, ``callback`` or ``policy`` entry.
+
+    :param entry: a name, ``{name: arguments}``, or a list of these
+    :param key: of the entry, for the message
+    :raises ValueError: if it is anything else
+    """
+    if entry is None:
+        return []
+    if isinstance(entry, list):
+        return [pair for part in entry for pair in named(part, key)]
     if isinstance(entry, str):
-        return [entry]
-    if isinstance(entry, dict):
-        return [str(name) for name in entry]
-    return [name for part in entry for name in imported_names(part)] if isinstance(entry, list) else []
+        return [(entry, {})]
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((name, arguments),) = entry.items()
+        if isinstance(name, str) and isinstance(arguments, dict) and all(isinstance(argument, str) for argument in arguments):
+            return [(name, arguments)]
+    raise ValueError(f"`{key}` is not a name, {{name: {{argument: value}}}}, or a list of these. Check the indentation.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -162,13 +162,16 @@ def test_a_run_repeats_to_the_bit(tmp_path: Path) -> None:
 def test_rl_zoos_own_settings_are_understood_as_data() -> None:
     import rl_zoo3
 
-    refused = []
+    refused, missing = [], []
     for path in sorted((Path(rl_zoo3.__file__).parent / "hyperparams").glob("*.yml")):
         for task, entry in load_yaml(path).items():
             try:
                 resolved = resolve(entry)
             except UnsafeConfigError:
                 refused.append(task)
+            except ValueError:
+                missing.append(task)
             else:
                 assert not isinstance(resolved.get("policy_kwargs", {}), str)
     assert {task.split("-")[0] for task in refused} <= {"CarRacing"}  # they need a package of their own, `ae`
+    assert {task.split("-")[0] for task in missing} <= {"MiniGrid", "donkey"}  # not installed; of an older Gymnasium

@@ -101,7 +101,7 @@ def add_wrappers(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:ARG=VALUE,...]",
         help="Gymnasium wrapper around the env, e.g. TimeLimit:max_episode_steps=100; repeat for a stack, innermost first",
     )
-    parser.add_argument("--trust", action="store_true", help="let the configuration name code of any package")
+    parser.add_argument("--trust", action="store_true", help="run code that files name or hold: configurations, pickles")
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:

@@ -62,7 +62,7 @@ def _add(kinds: Subparsers, name: str, text: str) -> Parser:
     parser = kinds.add_parser(name, help=text, description=f"Draw {text}.")
     parser.add_argument("-o", "--output", type=Path, default=Path(f"{name}.png"), help=f"file to write (default: {name}.png)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust", action="store_true", help="let configurations name code of any package")
+    parser.add_argument("--trust", action="store_true", help="run code that files name or hold: configurations, pickles")
     return parser
 
 

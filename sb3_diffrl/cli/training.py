@@ -8,7 +8,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from sb3_diffrl.cli.arguments import Entries, Subparsers, add_compute, add_logs, add_wrappers
-from sb3_diffrl.configs import load_yaml
+from sb3_diffrl.configs import load_settings, settings
 
 if TYPE_CHECKING:
     from sb3_diffrl.zoo.experiment import Experiment
@@ -89,6 +89,9 @@ def run_train(args: argparse.Namespace) -> int:
     """``train``."""
     _recall(args)
     experiment = _experiment(args, optimize=False)
+    from sb3_diffrl.zoo.runs import is_safe
+
+    trust = "" if is_safe(args.algo) else " --trust"
     setup = experiment.setup_experiment()
     assert setup is not None
     model = setup[0]
@@ -101,9 +104,9 @@ def run_train(args: argparse.Namespace) -> int:
     folder = experiment.save_path
     if experiment.interrupted:
         print(f"Stopped at step {model.num_timesteps} of {experiment.n_timesteps}; saved in {folder}")
-        print(f"Go on with: sb3-diffrl train --resume {folder}")
+        print(f"Go on with: sb3-diffrl train --resume {folder}{trust}")
         return 128 + experiment.interrupted
-    print(f"Trained for {model.num_timesteps} steps. Evaluate with: sb3-diffrl evaluate {folder}")
+    print(f"Trained for {model.num_timesteps} steps. Evaluate with: sb3-diffrl evaluate {folder}{trust}")
     return 0
 
 
@@ -169,17 +172,25 @@ def _recall(args: argparse.Namespace) -> None:
     run = Run.open(source)
     args.algo, args.entry, args.dataset = run.algo, run.params / "config.yml", run.dataset
     args.env = None if run.dataset is not None and run.env_id == dataset_env_id(run.dataset) else run.env_id
-    recorded = load_yaml(run.params / "run.yml")
+    recorded = load_settings(run.params / "run.yml")
     if args.seed < 0:
-        args.seed = recorded["seed"]
+        args.seed = _recorded(recorded, "seed", int)
     if args.n_timesteps <= 0:
-        args.n_timesteps = recorded["n_timesteps"]
-    for name in ("env_kwargs", "eval_freq", "eval_episodes", "n_eval_envs", "vec_env", "save_freq", "log_interval"):
-        setattr(args, name, run.args.get(name, getattr(args, name)))
+        args.n_timesteps = _recorded(recorded, "n_timesteps", int)
+    for name in ("eval_freq", "eval_episodes", "n_eval_envs", "vec_env", "save_freq", "log_interval"):
+        if name in run.args:
+            setattr(args, name, _recorded(run.args, name, type(getattr(args, name))))
+    args.env_kwargs = settings(run.args.get("env_kwargs") or {}, "`env_kwargs`") or None
     if args.resume is not None:
         args.logs = run.folder.parent.parent
         if args.params or args.wrapper:
             raise ValueError("--resume goes on with the run as it is: leave --params and --wrapper out, or start from it: --from.")
+
+
+def _recorded(values: dict[str, Any], name: str, kind: type) -> Any:
+    if type(values.get(name)) is not kind:
+        raise ValueError(f"The run's folder does not say what `{name}` is, {kind.__name__} (args.yml, run.yml).")
+    return values[name]
 
 
 def _experiment(args: argparse.Namespace, optimize: bool) -> "Experiment":

@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from pprint import pprint
 from typing import Any
@@ -22,9 +24,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_diffrl.callbacks import StopOnSignal
 from sb3_diffrl.common import CosineSchedule
-from sb3_diffrl.configs import dump_yaml, load_yaml, nearest, packaged_hyperparams, resolve
+from sb3_diffrl.configs import dump_yaml, load_settings, nearest, packaged_hyperparams, resolve, settings
 from sb3_diffrl.offline.recording import versions
 from sb3_diffrl.planner.presets import PRESETS
+from sb3_diffrl.zoo.runs import check_trusted, is_safe
+from sb3_diffrl.zoo.statistics import JsonNormalize, has_statistics, load_statistics
 from sb3_diffrl.zoo.wrappers import as_env_wrapper, joined
 
 
@@ -33,7 +37,7 @@ class Experiment(ExperimentManager):
 
     ``dataset`` (id of a Minari dataset), ``entry`` (file with the settings of one task, in place of one with many), ``wrapper``
     (RL Zoo's ``env_wrapper`` entries, outermost last), ``resume`` (folder of the run to go on with), ``trust`` (the configuration
-    may name code of any package). All may be missing.
+    may name code of any package, and what the run's folder holds may be un-pickled). All may be missing.
     """
 
     #: Number of the signal that stopped training before its end, 0 if none did
@@ -63,6 +67,7 @@ class Experiment(ExperimentManager):
             hyperparams.update(self.load_trial(self.storage, self.study_name, self.trial_id))
         hyperparams.update(self.custom_hyperparams or {})
         hyperparams = _with_preset(hyperparams)
+        _check_complete(hyperparams, self.env_name.gym_id)
         if self._argument("dataset"):
             hyperparams["dataset"] = self.args.dataset
         wrappers = joined(hyperparams.get("env_wrapper"), self._argument("wrapper"))
@@ -84,16 +89,14 @@ class Experiment(ExperimentManager):
 
     def _entry(self) -> dict[str, Any]:
         if self._argument("entry") is not None:
-            return dict(load_yaml(self.args.entry))
-        tasks = load_yaml(self.config)
-        if not isinstance(tasks, dict):
-            raise ValueError(f"{self.config} does not hold settings by task.")
+            return load_settings(self.args.entry)
+        tasks = load_settings(self.config)
         names = [name for name in (self._argument("dataset"), self.env_name.gym_id, "default") if name is not None]
         for name in names:
             if name in tasks:
                 if self.verbose > 0:
                     print(f"Settings for {name}, from {self.config}")
-                return dict(tasks[name])
+                return settings(tasks[name], f"`{name}` in {self.config}")
         raise ValueError(f"{self.config} has no settings for {names[0]}, and no `default`.{nearest(names[0], tasks)}")
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
@@ -177,17 +180,34 @@ class Experiment(ExperimentManager):
 
     # ------------------------------------------------------------------ training
 
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        # RL Zoo un-pickles the statistics, also those of a folder that only happens to be in the current one.
+        folder = Path(self.trained_agent).parent / self.env_name
+        if self.trained_agent and has_statistics(folder):
+            # A model that RL Zoo's own command was given is read as RL Zoo does.
+            env = load_statistics(folder, env, bool(self._argument("trust")) or not self._argument("resume"))
+        elif self.normalize:
+            env = JsonNormalize(env, **self.normalize_kwargs)
+        else:
+            return env
+        if eval_env:
+            env.training = env.norm_reward = False
+        return env
+
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         if not self._argument("resume"):
             return super()._load_pretrained_agent(hyperparams, env)
+        trust = bool(self._argument("trust"))
+        check_trusted(self.algo, Path(self.trained_agent), trust)
+        trusted: dict[str, Any] = {"trusted": trust} if is_safe(self.algo) else {}
         # The model has its settings; what RL Zoo would set again starts the generators anew.
         model: BaseAlgorithm = ALGOS[self.algo].load(
-            self.trained_agent, env=env, device=self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
+            self.trained_agent, env=env, device=self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose, **trusted
         )
         replay_buffer = Path(self.save_path) / "replay_buffer.pkl"
         if hasattr(model, "load_replay_buffer"):
             if replay_buffer.exists():
-                model.load_replay_buffer(replay_buffer)
+                model.load_replay_buffer(replay_buffer, **trusted)
             else:
                 print("There is no replay buffer in the folder: it starts empty.")
         return model
@@ -205,17 +225,30 @@ class Experiment(ExperimentManager):
         stop = StopOnSignal()
         try:
             with stop:
-                if remaining > 0:
-                    model.learn(remaining, callback=[*self.callbacks, stop], reset_num_timesteps=not resumed, **log)
-        except KeyboardInterrupt:
-            stop.signal = stop.signal or signal.SIGINT
-            for callback in self.callbacks:
-                if isinstance(callback, ProgressBarCallback):
-                    callback.on_training_end()
+                try:
+                    if remaining > 0:
+                        model.learn(remaining, callback=[*self.callbacks, stop], reset_num_timesteps=not resumed, **log)
+                except KeyboardInterrupt:
+                    stop.signal = stop.signal or signal.SIGINT
+                    self._end_progress()
+                except (EOFError, ConnectionError) as error:
+                    # A terminal's Ctrl-C ends the processes of the envs as well, maybe a moment before it is seen here.
+                    time.sleep(0.2)
+                    if not stop.signal:
+                        raise ChildProcessError(
+                            "The process of an environment has ended. Was it killed, or out of memory?"
+                        ) from error
+                    self._end_progress()
         finally:
             if model.env is not None:
-                model.env.close()
+                with suppress(EOFError, ConnectionError):
+                    model.env.close()
         self.interrupted = stop.signal if model.num_timesteps < self.n_timesteps else 0
+
+    def _end_progress(self) -> None:
+        for callback in self.callbacks:
+            if isinstance(callback, ProgressBarCallback):
+                callback.on_training_end()
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         """Save the model, and what going on needs if it was interrupted."""
@@ -229,7 +262,7 @@ class Experiment(ExperimentManager):
         """
         if model.num_timesteps == 0:
             return "Training had not begun."
-        resume = f"sb3-diffrl train --resume {self.save_path}"
+        resume = f"sb3-diffrl train --resume {self.save_path}" + ("" if is_safe(self.algo) else " --trust")
         try:
             self.save_replay_buffer = True
             super().save_trained_model(model)
@@ -241,6 +274,13 @@ class Experiment(ExperimentManager):
                 return f"The model of step {model.num_timesteps} could not be saved anywhere ({error})."
             return f"The model of step {model.num_timesteps} is in {path}; move it to {self.save_path} and go on with: {resume}"
         return f"The model of step {model.num_timesteps} is saved in {self.save_path}. Go on with: {resume}"
+
+
+def _check_complete(hyperparams: dict[str, Any], task: str) -> None:
+    missing = [name for name in ("n_timesteps", "policy") if name not in hyperparams]
+    if missing:
+        raise ValueError(f"The settings of {task} lack {', '.join(missing)}.")
+    settings(hyperparams.get("env_kwargs") or {}, "`env_kwargs`")
 
 
 def _with_preset(hyperparams: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ import gymnasium as gym
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.utils import ALGOS, create_test_env, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack
 
-from sb3_diffrl.configs import dump_yaml, imported_names, load_yaml, nearest, resolve
+from sb3_diffrl.configs import UnsafeConfigError, dump_yaml, load_settings, named, nearest, resolve, settings
 from sb3_diffrl.offline.spaces import check_same_spaces
 from sb3_diffrl.saving.model import SafeSaving
 from sb3_diffrl.zoo.datasets import register_dataset
+from sb3_diffrl.zoo.statistics import load_statistics
 from sb3_diffrl.zoo.wrappers import WrapperEntry, as_env_wrapper, joined
 
 # Wrappers that need frames.
@@ -45,13 +46,18 @@ class Run:
 
         :raises FileNotFoundError: if the folder is not a run's
         :raises UnsafeConfigError: if the configuration holds code
+        :raises ValueError: if it is damaged, or of an algorithm that there is none of
         """
         folder = Path(folder)
         found = sorted(folder.glob("*/args.yml"))
         if len(found) != 1:
             raise FileNotFoundError(f"{folder} is not the folder of a run: it has no <Env>/args.yml. Runs are in logs/<algo>.")
-        args, hyperparams = load_yaml(found[0]), load_yaml(found[0].with_name("config.yml"))
-        return cls(folder, found[0].parent, args["algo"], str(args["env"]), dict(hyperparams), dict(args))
+        args, hyperparams = load_settings(found[0]), load_settings(found[0].with_name("config.yml"))
+        for name, values in (("algo", args), ("env", args), ("dataset", hyperparams)):
+            if not isinstance(values.get(name), str) and not (name == "dataset" and values.get(name) is None):
+                raise ValueError(f"{found[0].parent} is not the folder of a run: its configuration does not say what `{name}` is.")
+        check_algo(args["algo"])
+        return cls(folder, found[0].parent, args["algo"], args["env"], hyperparams, args)
 
     @property
     def dataset(self) -> str | None:
@@ -87,16 +93,18 @@ class Run:
         :param env: what it will see, for a check
         :param device: where to compute
         :param seed: seed of its random actions
-        :param trust: load the package's agents as SB3 does, running what the file holds: for policies of your own
+        :param trust: load the agent as SB3 does, running what the file holds: for policies of your own, and for SB3's algorithms
+        :raises UnsafeConfigError: if it is of an algorithm of SB3, and not trusted
         :raises ValueError: if its spaces are not the env's
         """
+        check_trusted(self.algo, path, trust)
         # A buffer is not needed to act; off-policy algorithms alone have one.
         extra: dict[str, Any] = {"buffer_size": 1} if hasattr(ALGOS[self.algo], "load_replay_buffer") else {}
         if extra and self.hyperparams.get("optimize_memory_usage"):
             extra["optimize_memory_usage"] = False
         if "HerReplayBuffer" in str(self.hyperparams.get("replay_buffer_class", "")):
             extra = {"env": env}  # hindsight needs its rewards
-        if trust and issubclass(ALGOS[self.algo], SafeSaving):
+        if trust and is_safe(self.algo):
             extra["trusted"] = True
         model: BaseAlgorithm = ALGOS[self.algo].load(path, device=device, **extra)
         try:
@@ -117,32 +125,34 @@ class Run:
         :param n_envs: envs in this process
         :param seed: of the first env, the others follow
         :param render_mode: Gymnasium's; ``"rgb_array"`` where a wrapper needs frames
-        :param trust: the run's configuration may name code of any package
+        :param trust: the run's configuration may name code of any package, and its statistics may be a pickle
+        :raises UnsafeConfigError: if they need it
         """
         hyperparams = resolve(self.hyperparams, trust)
         stack = joined(hyperparams.get("env_wrapper"), wrappers)
-        if render_mode is None and any(name.rpartition(".")[2] in _RENDERING for name in imported_names(stack)):
+        if render_mode is None and any(name.rpartition(".")[2] in _RENDERING for name, _ in named(stack, "env_wrapper")):
             render_mode = "rgb_array"
-        env_kwargs = {**(hyperparams.get("env_kwargs") or {}), **(self.args.get("env_kwargs") or {})}
+        env_kwargs: dict[str, Any] = {}
+        for where in (hyperparams, self.args):
+            env_kwargs |= settings(where.get("env_kwargs") or {}, "`env_kwargs`")
         if render_mode is not None:
             env_kwargs["render_mode"] = render_mode
-        normalize = hyperparams.get("normalize", False)
-        kept: dict[str, Any] = {key: hyperparams[key] for key in ("frame_stack", "vec_env_wrapper") if key in hyperparams}
-        return create_test_env(
+        wrapped: dict[str, Any] = {"env_wrapper": as_env_wrapper(stack)}
+        if hyperparams.get("vec_env_wrapper"):
+            wrapped["vec_env_wrapper"] = hyperparams["vec_env_wrapper"]
+        env = create_test_env(
             self.register_env(),
             n_envs=n_envs,
-            stats_path=str(self.params),
             seed=seed,
             should_render=False,
-            hyperparams={
-                **kept,
-                "env_wrapper": as_env_wrapper(stack),
-                "normalize": bool(normalize),
-                "normalize_kwargs": normalize if isinstance(normalize, dict) else {},
-            },
+            hyperparams=wrapped,
             env_kwargs=env_kwargs,
             vec_env_cls=DummyVecEnv,
         )
+        if hyperparams.get("normalize"):
+            env = load_statistics(self.params, env, trust)
+            env.training = env.norm_reward = False
+        return VecFrameStack(env, int(hyperparams["frame_stack"])) if hyperparams.get("frame_stack") else env
 
 
 def check_env(env_id: str) -> None:
@@ -161,6 +171,22 @@ def check_algo(algo: str) -> None:
     """
     if algo not in ALGOS:
         raise ValueError(f"There is no algorithm {algo!r}: they are {', '.join(ALGOS)}.{nearest(algo, ALGOS)}")
+
+
+def is_safe(algo: str) -> bool:
+    """Whether models of an algorithm are loaded without running what their files hold: this package's are."""
+    return issubclass(ALGOS[algo], SafeSaving)
+
+
+def check_trusted(algo: str, path: Path, trust: bool) -> None:
+    """Make sure that a model may be loaded.
+
+    :raises UnsafeConfigError: if loading it can run any code, and it is not trusted
+    """
+    if not trust and not is_safe(algo):
+        raise UnsafeConfigError(
+            f"{path} is a model of {algo}, which Stable-Baselines3 un-pickles: it can run any code. If you trust it: --trust."
+        )
 
 
 def find_run(logs: Path, algo: str, env_id: str, number: int = 0) -> Path:
