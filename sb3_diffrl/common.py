@@ -118,6 +118,10 @@ def check_scalable(action_space: spaces.Space[Any]) -> None:
         raise ValueError(f"The action space {action_space} is not a Box: only continuous actions can be sampled.")
     if not np.issubdtype(action_space.dtype, np.floating):
         raise ValueError(f"The action space {action_space} holds integers: only floating-point actions can be sampled.")
+    if action_space.dtype.itemsize > 8:
+        raise ValueError(f"The action space {action_space} holds {action_space.dtype}, which torch has not: use float64.")
+    if 0 in action_space.shape:
+        raise ValueError(f"The action space {action_space} is empty: there is nothing to decide. Use a shape without a 0.")
     if not action_space.is_bounded():
         raise ValueError(f"The action space {action_space} is not bounded: wrap the env in a `gymnasium.wrappers.RescaleAction`.")
     with np.errstate(over="ignore"):

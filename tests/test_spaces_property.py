@@ -3,14 +3,19 @@
 import io
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_diffrl import NCLQL, DiffusionBC, OfflineDataset
+from sb3_diffrl.lql.env_guard import check_observable
+from sb3_diffrl.lql.policies import CnnPolicy
 from sb3_diffrl.offline.spaces import ObservationFlattener
 
 from .envs import RandomEnv
@@ -118,18 +123,73 @@ def test_offline(observation_space: spaces.Space[Any], action_space: spaces.Box)
         assert action_space.contains(action)
 
 
+BOX, ACTION = spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (1,))
 UNSUPPORTED: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], str]] = {
-    "discrete actions": (spaces.Box(-1, 1, (2,)), spaces.Discrete(3), r"Discrete\(3\)"),
-    "integer actions": (spaces.Box(-1, 1, (2,)), spaces.Box(-3, 3, (1,), np.int32), "holds integers: only floating-point"),
-    "unbounded actions": (spaces.Box(-1, 1, (2,)), spaces.Box(-np.inf, np.inf, (1,)), "bound"),
-    "no room": (spaces.Box(-1, 1, (2,)), spaces.Box(1, 1, (1,)), "has coordinates whose low is not below their high"),
-    "text": (spaces.Text(3), spaces.Box(-1, 1, (1,)), "Text"),
-    "graph": (spaces.Graph(spaces.Box(0, 1), None), spaces.Box(-1, 1, (1,)), "Graph"),
+    "discrete actions": (BOX, spaces.Discrete(3), r"Discrete\(3\)"),
+    "integer actions": (BOX, spaces.Box(-3, 3, (1,), np.int32), "holds integers: only floating-point"),
+    "unbounded actions": (BOX, spaces.Box(-np.inf, np.inf, (1,)), "bound"),
+    "no room": (BOX, spaces.Box(1, 1, (1,)), "has coordinates whose low is not below their high"),
+    "no action": (BOX, spaces.Box(-1, 1, (0,)), "is empty: there is nothing to decide"),
+    "an action longer than torch's": (BOX, spaces.Box(-1, 1, (2,), np.longdouble), r"Box\(.* holds \w+, which torch has not"),
+    "text": (spaces.Text(3), ACTION, "Text"),
+    "graph": (spaces.Graph(spaces.Box(0, 1), None), ACTION, "Graph"),
+    "longer than torch's": (spaces.Box(-1, 1, (2,), np.longdouble), ACTION, r"Box\(.* not supported: torch has no .*DtypeObs"),
+    "empty": (spaces.Box(-1, 1, (3, 0)), ACTION, r"Box\(.* is empty: leave it out"),
+    "an empty part": (spaces.Dict(a=BOX, b=spaces.Box(-1, 1, (0,))), ACTION, r"Dict\(.* is empty: leave it out"),
+    "no part": (spaces.Dict({}), ACTION, r"Dict\(\) is not supported: it has no part"),
 }
+# `FlattenObservation` makes vectors of them.
+TO_FLATTEN: dict[str, tuple[spaces.Space[Any], str]] = {
+    "counted from another number": (spaces.Discrete(3, start=5), "does not count from 0"),
+    "many, counted from another number": (spaces.MultiDiscrete([2, 3], start=[0, -2]), "does not count from 0"),
+    "a part counted from a negative number": (spaces.Dict(a=BOX, d=spaces.Discrete(3, start=-1)), "does not count from 0"),
+    "two axes": (spaces.MultiDiscrete([[2, 3], [4, 5]]), "has 2 axes"),
+    "a part without axes": (spaces.Dict(a=BOX, n=spaces.Box(-1, 1, ())), "has 0 axes"),
+    "no axes": (spaces.Box(-1, 1, ()), "has 0 axes"),
+    "a point in a name": (spaces.Dict({"arm.angle": BOX}), "named like its part 'arm.angle'"),
+    "no name": (spaces.Dict({"": BOX}), "named like its part ''"),
+    "a name that torch's modules have": (spaces.Dict({"keys": BOX}), "named like its part 'keys'"),
+    "a tuple": (spaces.Tuple((BOX, BOX)), "none of the spaces"),
+    "a dictionary in a dictionary": (spaces.Dict(a=spaces.Dict(b=BOX)), "none of the spaces"),
+}
+
+
+def tiny(observation_space: spaces.Space[Any], env: gym.Env[Any, Any]) -> NCLQL:
+    policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
+    return NCLQL(policy, env, buffer_size=50, learning_starts=5, batch_size=4, policy_kwargs={"net_arch": [4]}, device="cpu")
 
 
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 def test_unsupported_spaces_are_named(kind: str) -> None:
     observation_space, action_space, named = UNSUPPORTED[kind]
     with pytest.raises((ValueError, AssertionError, NotImplementedError), match=named):
-        NCLQL("MlpPolicy", RandomEnv(observation_space, action_space), buffer_size=10, device="cpu")
+        tiny(observation_space, RandomEnv(observation_space, action_space))
+
+
+@pytest.mark.parametrize("kind", TO_FLATTEN)
+def test_spaces_that_are_refused_can_be_flattened_as_the_message_says(kind: str) -> None:
+    observation_space, named = TO_FLATTEN[kind]
+    env = RandomEnv(observation_space, ACTION)
+    with pytest.raises(ValueError, match="(?s)not supported: .*" + named) as caught:
+        tiny(observation_space, env)
+    assert str(observation_space) in str(caught.value)
+    assert "gymnasium.wrappers.FlattenObservation" in str(caught.value)
+    flat = FlattenObservation(env)
+    model = tiny(flat.observation_space, flat).learn(20)
+    assert model.action_space.contains(model.predict(flat.reset()[0])[0])
+
+
+@pytest.mark.parametrize("policy", ["CnnPolicy", CnnPolicy, "MultiInputPolicy"])
+def test_images_too_small_for_the_convolutions_are_named(policy: str | type[CnnPolicy]) -> None:
+    def space(side: int) -> spaces.Space[Any]:
+        image = spaces.Box(0, 255, (side, 40, 3), np.uint8)
+        return spaces.Dict(image=image) if policy == "MultiInputPolicy" else image
+
+    with pytest.raises(ValueError, match=r"Box\(0, 255, \(35, 40, 3\), uint8\).* fewer than 36 pixels.*ResizeObservation"):
+        check_observable(space(35), policy)
+    check_observable(space(36), policy)
+    check_observable(space(35), policy, {"features_extractor_class": FlattenExtractor})
+    check_observable(space(35), "MlpPolicy")
+    # The limit is that of the network.
+    env = RandomEnv(space(36), ACTION)
+    NCLQL(policy, env, buffer_size=5, policy_kwargs={"net_arch": [4]}, device="cpu")

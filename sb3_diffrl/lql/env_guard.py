@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from torch import nn
 
 from sb3_diffrl.common import NonFiniteError
+
+# Of Stable-Baselines3's NatureCNN
+SMALLEST_IMAGE = 36
 
 
 class NonFiniteStepError(NonFiniteError):
@@ -55,18 +60,63 @@ def finite(env: VecEnv) -> Iterator[None]:
         del source.reset, source.step_wait
 
 
-def check_observable(env: Any) -> None:
+def check_observable(env: Any, policy: object = None, policy_kwargs: dict[str, Any] | None = None) -> None:
     """Check that Stable-Baselines3's environments and networks take the observations of an env, if it is made already.
 
+    :param env: environment or observation space; what has no space yet is not looked at
+    :param policy: which the observations are for, a class or its name; if it is given, images are checked, too
+    :param policy_kwargs: of that policy
     :raises ValueError: naming the space, and what is supported
     """
-    space = getattr(env, "observation_space", None)
-    for part in space.values() if isinstance(space, spaces.Dict) else [space]:
-        if part is not None and not isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-            raise ValueError(
-                f"The observation space {space} is not supported: use Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of "
-                "those, or flatten it by a `gymnasium.wrappers.FlattenObservation`."
-            )
+    space = env if isinstance(env, spaces.Space) else getattr(env, "observation_space", None)
+    if space is None:
+        return
+    parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
+    name = getattr(policy, "__name__", policy)
+    has_cnn = name in ("CnnPolicy", "MultiInputPolicy") and "features_extractor_class" not in (policy_kwargs or {})
+    reason = "" if parts else "it has no part"
+    for key, part in parts.items():
+        reason = reason or _unnamed(key) or _unsupported(part) or (_too_small(part) if has_cnn else "")
+    if reason:
+        raise ValueError(
+            f"The observation space {space} is not supported: {reason}. Use Box of one axis or more, Discrete and MultiDiscrete of "
+            "one axis that count from 0, MultiBinary, or a Dict of those, or flatten it by a "
+            "`gymnasium.wrappers.FlattenObservation`."
+        )
+
+
+def _unnamed(key: str | None) -> str:
+    # Why torch cannot keep a network under the name of a part of a dictionary
+    try:
+        nn.ModuleDict({} if key is None else {key: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        return f"no network can be named like its part {key!r} ({error.args[0]})"
+    return ""
+
+
+def _unsupported(part: spaces.Space[Any]) -> str:
+    if not isinstance(part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return f"{part} is none of the spaces that networks take"
+    if np.any(getattr(part, "start", 0)):
+        return f"{part} does not count from 0"
+    shape = part.shape or ()
+    if 0 in shape:
+        return f"{part} is empty: leave it out"
+    if (isinstance(part, spaces.MultiDiscrete) and len(shape) > 1) or (isinstance(part, spaces.Box) and shape == ()):
+        return f"{part} has {len(shape)} axes"
+    if part.dtype.itemsize > 8:
+        return f"torch has no {part.dtype}: convert it by a `gymnasium.wrappers.DtypeObservation`"
+    return ""
+
+
+def _too_small(part: spaces.Space[Any]) -> str:
+    # For Stable-Baselines3's convolutions, whatever the order of the axes
+    if is_image_space(part) and sorted(part.shape or ())[1] < SMALLEST_IMAGE:
+        return (
+            f"{part} are images of fewer than {SMALLEST_IMAGE} pixels a side, too small for the convolutions: enlarge them by a "
+            "`gymnasium.wrappers.ResizeObservation`, give a `features_extractor_class`, or use the MlpPolicy"
+        )
+    return ""
 
 
 def check_finite(what: str, values: Any, first_env: int = 0) -> None:
