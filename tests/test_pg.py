@@ -203,6 +203,15 @@ def test_with_a_frozen_random_prior_the_value_falls(planner: DiffusionPlanner) -
     assert value_from_start(frozen, "pg") < value_from_start(learnt, "pg") - 0.5
 
 
+def test_a_prior_on_the_planner_of_another_pg_begins_anew(planner: DiffusionPlanner) -> None:
+    first = train_prior(planner, n=3)
+    model = PG("MlpPolicy", planner=first, device="cpu", seed=0)
+    for prior in (model.policy.prior, model.policy.prior_target):
+        assert all((part == 0).all() for part in prior(th.randn(4, 1)))
+    for name, value in planner.policy.state_dict().items():
+        assert th.equal(model.policy.state_dict()[name], value) or "timestep_sampler" in name
+
+
 @pytest.mark.parametrize("guidance", ["none", "mcss", "pg"])
 def test_it_takes_the_planners_guidances(planner: DiffusionPlanner, guidance: str) -> None:
     model = train_prior(planner, n=1)

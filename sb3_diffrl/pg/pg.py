@@ -224,9 +224,10 @@ class PG(DiffusionPlanner):
             )
 
     def _take_weights(self, planner: DiffusionPlanner) -> None:
-        # The prior's networks and what else is PG's own stay as they are.
+        # The prior's networks and what else is PG's own stay as they are, also where the planner is a PG.
         own = self.policy.state_dict()
-        shared = {name: value for name, value in planner.policy.state_dict().items() if name in own}
+        prior = ("prior.", "prior_target.", "latent_critic.", "latent_critic_target.")
+        shared = {n: value for n, value in planner.policy.state_dict().items() if n in own and not n.startswith(prior)}
         # A timestep sampler has done its work.
         theirs = {name: value for name, value in shared.items() if "timestep_sampler" not in name}
         others = [name for name, value in theirs.items() if value.shape != own[name].shape]
