@@ -35,8 +35,9 @@ from sb3_diffrl.pg import PG
 RESULTS = Path(__file__).parent / "results" / "planning"
 MODELS = Path(__file__).parent / "models" / "planning"
 GUIDANCES = ("none", "cg", "cfg", "pg", "mcss")
-# The prior's mean, and a sample of it.
-METHODS = ("pg", "pg-sampled", "none", "cg", "cfg", "mcss")
+# The prior's mean, and a sample of it; plans of random noise, and of its mean (zeros).
+METHODS = ("pg", "pg-sampled", "none", "none-zero", "cg", "cfg", "mcss")
+DETERMINISTIC = ("pg", "none-zero", "bc")
 # Selection among 50 plans at each step costs as much as all else together.
 EPISODES = {"mcss": 20}
 NUM_INFERENCE_STEPS = 20
@@ -129,7 +130,7 @@ def evaluate(name: str, task: Task, seeds: list[int], args: argparse.Namespace) 
             model, env = load_method(name, task, seed, method, dataset, n_episodes, args.models)
             n_steps = dataset.recover_environment(eval_env=True).spec.max_episode_steps
             start = time.process_time()
-            rows = roll_out(model, env, n_steps, seed, deterministic=method in ("pg", "bc"))
+            rows = roll_out(model, env, n_steps, seed, deterministic=method in DETERMINISTIC)
             with path.open("w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(["episode", *rows])
@@ -157,7 +158,7 @@ def load_method(
     if method == "bc":
         return DiffusionBC.load(models / f"{name}-bc-s{seed}.zip", device="cpu"), env
     model = PG.load(models / f"{name}-s{seed}.zip", device="cpu")
-    model.guidance = method.removesuffix("-sampled")
+    model.guidance = method.split("-")[0]
     model.policy.num_inference_steps = NUM_INFERENCE_STEPS
     return model, env
 
@@ -203,10 +204,10 @@ def record_paths(name: str, task: Task, seed: int, args: argparse.Namespace) -> 
         model, env = load_method(name, task, seed, method, dataset, args.starts, args.models)
         observations, _ = env.reset(seed=[77_000 + i for i in range(args.starts)])  # type: ignore[arg-type]
         th.manual_seed(seed)
-        plans = model.plan(observations, method == "pg")
+        plans = model.plan(observations, method in DETERMINISTIC)
         path = [observations]
         for _ in range(args.path_steps):
-            observations = env.step(model.predict(observations, deterministic=method == "pg")[0])[0]
+            observations = env.step(model.predict(observations, deterministic=method in DETERMINISTIC)[0])[0]
             path.append(observations)
         # (steps + 1, starts, obs_dim) -> (starts, steps + 1, 2)
         walked = np.stack(path)[:, :, :2].swapaxes(0, 1)

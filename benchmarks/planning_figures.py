@@ -27,6 +27,7 @@ LABELS = {
     "controller": "controller, no noise",
     "bc": "DiffusionBC",
     "none": "`none`",
+    "none-zero": "`none`, zero noise",
     "cg": "`cg`",
     "cfg": "`cfg`",
     "mcss": "`mcss`, 50 candidates",
@@ -80,7 +81,8 @@ def table(task: str, results: dict[str, dict[int, Columns]]) -> str:
         if is_maze:
             cells.append("{:.0f} ± {:.0f}".format(*interval(seeds, "latched")))
             cells.append("{:.0%} ± {:.0%}".format(*interval(seeds, "success")))
-        cells.append(f"{times[method.removesuffix('-sampled')]:.0f}" if method.removesuffix("-sampled") in times else "")
+        guidance = method.split("-")[0]
+        cells.append(f"{times[guidance]:.1f}" if guidance in times else "")
         lines.append(f"| {' | '.join(cells)} |")
     trained = [json.loads(path.read_text())["training_cpu_seconds"] for path in sorted(SOURCE.glob(f"{task}-s[0-9].json"))]
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("torch", "gymnasium", "mujoco"))
