@@ -1,8 +1,9 @@
 """Faults on purpose: processes killed at random moments, files mutated at random, very long runs.
 
-``kill`` trains with frequent checkpoints in a process that gets SIGKILL at a random moment, loads what is there, goes on to the
-end, and compares with a run that was never stopped. ``fuzz`` and ``fuzz-datasets`` load what was mutated. ``long`` makes a
-million updates and a hundred thousand predictions. Each writes a CSV line at a time, beside a JSON with command, versions and
+``kill`` trains with a checkpoint in each step in a process that gets SIGKILL at a random moment after the first of them or, in
+every second trial, while a file is being written. It loads what is there, which must be the last checkpoint that was complete, goes
+on to the end, and compares with a run that was never stopped. ``fuzz`` and ``fuzz-datasets`` load what was mutated. ``long`` makes
+a million updates and a hundred thousand predictions. Each writes a CSV line at a time, beside a JSON with command, versions and
 hardware.
 """
 
@@ -10,9 +11,11 @@ import argparse
 import csv
 import gc
 import hashlib
+import importlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import minari
 import numpy as np
 import torch as th
 from provenance import metadata
@@ -41,7 +45,7 @@ OFFLINE: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 ALGORITHMS: dict[str, Any] = {"NCLQL": NCLQL, **{name: cls for name, (cls, _) in OFFLINE.items()}}
 KINDS = (*ALGORITHMS, "recording")
-STEPS, EVERY = 24, 2
+STEPS, RECORDINGS = 24, 20
 
 
 # ---------------------------------------------------------------------- killing
@@ -55,12 +59,26 @@ class Checkpoint(BaseCallback):
         self.folder = folder
 
     def _on_step(self) -> bool:
-        if self.num_timesteps % EVERY == 0:
-            assert self.model is not None
-            self.model.save(self.folder / "checkpoint")
-            if isinstance(self.model, NCLQL):
-                self.model.save_replay_buffer(self.folder / "buffer")
+        assert self.model is not None
+        self.model.save(self.folder / "checkpoint")
+        if isinstance(self.model, NCLQL):
+            self.model.save_replay_buffer(self.folder / "buffer")
+        log(self.folder, self.num_timesteps)
         return True
+
+
+def log(folder: Path, step: int) -> None:
+    """Note that what was saved at a step is complete."""
+    with (folder / "completed").open("ab", buffering=0) as file:
+        file.write(f"{step} {time.monotonic()}\n".encode())
+
+
+def completed(folder: Path) -> list[tuple[int, float]]:
+    """The steps at which all was saved, and when."""
+    path = folder / "completed"
+    # A line without its end was being written.
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [(int(line.split()[0]), float(line.split()[1])) for line in lines]
 
 
 def make(kind: str) -> Any:
@@ -75,8 +93,9 @@ def make(kind: str) -> Any:
 def work(kind: str, folder: Path) -> None:
     """What is killed."""
     if kind == "recording":
-        for seed in range(20):
-            record_dataset(None, "Pendulum-v1", RECORDED, n_steps=300, seed=seed, overwrite=True)
+        for number in range(1, RECORDINGS + 1):
+            record_dataset(None, "Pendulum-v1", RECORDED, n_steps=300, seed=number, overwrite=True)
+            log(folder, number)
     else:
         make(kind).learn(STEPS, Checkpoint(folder))
 
@@ -92,27 +111,33 @@ def digest(model: Any) -> str:
     return found.hexdigest()
 
 
-def finish(kind: str, folder: Path) -> dict[str, Any]:
+def finish(kind: str, folder: Path, last: int) -> dict[str, Any]:
     """Load what a killed process left, and go on to the end.
 
+    :param last: step of the last checkpoint that was complete, or number of the last recording; 0 begins anew
     :return: the step that was loaded, the step at the end, the digest there
     """
     if kind == "recording":
-        steps = OfflineDataset.load(RECORDED).n_steps if (dataset_folder() / RECORDED).exists() else 0
+        steps = OfflineDataset.load(RECORDED).n_steps
+        number = minari.load_dataset(RECORDED).storage.metadata["provenance"]["seed"]
         record_dataset(None, "Pendulum-v1", RECORDED, n_steps=300, seed=0, overwrite=True)
-        return {"loaded": steps, "finished": OfflineDataset.load(RECORDED).n_steps, "digest": "", "whole": steps in (0, 300)}
-    if not (folder / "checkpoint.zip").exists():
+        whole = steps == 300 and last <= number <= last + 1
+        return {"loaded": number, "finished": OfflineDataset.load(RECORDED).n_steps, "digest": "", "whole": whole}
+    has_buffer = True
+    if last == 0:
         model = make(kind)
     elif kind == "NCLQL":
         model = NCLQL.load(folder / "checkpoint", env=make(kind).get_env(), device="cpu")
-        if (folder / "buffer.pkl").exists():
-            model.load_replay_buffer(folder / "buffer")
+        model.load_replay_buffer(folder / "buffer")
+        # Without the transition of the step in which it was saved
+        has_buffer = last - 1 <= model.replay_buffer.size() <= last
     else:
         model = ALGORITHMS[kind].load(folder / "checkpoint", device="cpu")
     loaded = model.num_timesteps
     model.learn(STEPS - loaded, Checkpoint(folder), reset_num_timesteps=False)
     is_finite = all(bool(th.isfinite(value).all()) for value in model.policy.state_dict().values())
-    whole = loaded % EVERY == 0 and is_finite
+    # The process may have died before it noted that the next one is complete.
+    whole = last <= loaded <= last + 1 and has_buffer and is_finite
     return {"loaded": loaded, "finished": model.num_timesteps, "digest": digest(model), "whole": whole}
 
 
@@ -146,47 +171,74 @@ def outcome(task: Callable[[], Any], result: Path) -> dict[str, Any]:
 
 
 def trial(kind: str, seed: int, expected: dict[str, Any]) -> dict[str, Any]:
-    """Kill one process and see what is left.
+    """Kill one process, after its first checkpoint and before its last, and see what is left.
 
-    :param expected: of the run that was never stopped: its ``digest`` and how many ``seconds`` it took
+    :param expected: of the run that was never stopped: its ``digest`` and how many ``seconds`` a step with its checkpoint took
     """
-    delay = float(np.random.default_rng([seed, KINDS.index(kind)]).uniform(0, expected["seconds"]))
+    rng = np.random.default_rng([seed, KINDS.index(kind)])
+    # On a busy machine the process may be some steps further before it is killed.
+    awaited = int(rng.integers(1, (RECORDINGS if kind == "recording" else STEPS) * 3 // 4))
+    delay = float(rng.uniform(0, expected["seconds"]))
+    file = str(rng.choice(["checkpoint", "buffer"] if kind == "NCLQL" else ["checkpoint"]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         child = forked(lambda: work(kind, folder), folder / "work.json")
-        time.sleep(delay)
+        while len(completed(folder)) < awaited and not has_ended(child):
+            time.sleep(0.001)
+        if seed % 2:
+            while not unfinished(folder, file) and not has_ended(child):
+                pass
+        else:
+            time.sleep(delay)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        left_over = len(list(folder.glob(".*.saving"))) + len(list(dataset_folder().rglob(".recording-*")))
-        found = outcome(lambda: finish(kind, folder), folder / "finish.json")
+        was_killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        last = max((step for step, _ in completed(folder)), default=0)
+        was_saving = bool(unfinished(folder))
+        found = outcome(lambda: finish(kind, folder, max(1, last)), folder / "finish.json")
+        for path in dataset_folder().glob(".recording-*"):
+            shutil.rmtree(path)
     equal = found.get("digest") == expected["digest"]
-    ok = "error" not in found and found["whole"] and (equal or kind in ("NCLQL", "recording"))
+    ok = last > 0 and "error" not in found and found["whole"] and (equal or kind in ("NCLQL", "recording"))
     return {
         "kind": kind,
         "seed": seed,
-        "killed_after_s": round(delay, 4),
+        "was_killed": was_killed,
+        "was_saving": was_saving,
+        "last_complete": last,
         "loaded_step": found.get("loaded"),
         "final_step": found.get("finished"),
-        "hidden_files_left": left_over,
         "equal_to_the_bit": equal if kind in OFFLINE else "",
         "ok": ok,
         "error": found.get("error", ""),
     }
 
 
+def unfinished(folder: Path, file: str = "*") -> list[Path]:
+    """Files that are being written, or were when the process died, and datasets that are being put in their place."""
+    root = dataset_folder()
+    recordings = [path for path in root.glob(".recording-*") if not (path / "data").exists()]
+    return [*folder.glob(f".{file}.*.saving"), *recordings, *(root / RECORDED).parent.glob(".*.former")]
+
+
+def has_ended(child: int) -> bool:
+    """Whether a process has ended, which can still be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def reference(kind: str) -> dict[str, Any]:
     """A run that is not stopped."""
     with tempfile.TemporaryDirectory() as name:
-        start = time.perf_counter()
-        if kind == "recording":
-            outcome(lambda: work(kind, Path(name)), Path(name) / "work.json")
-            return {"digest": "", "seconds": time.perf_counter() - start}
-        found = outcome(lambda: finish(kind, Path(name)), Path(name) / "work.json")
-        return {"digest": found["digest"], "seconds": time.perf_counter() - start}
+        folder = Path(name)
+        run = work if kind == "recording" else lambda kind, folder: finish(kind, folder, 0)
+        found = outcome(lambda: run(kind, folder), folder / "work.json")
+        moments = [moment for _, moment in completed(folder)]
+    return {"digest": (found or {}).get("digest", ""), "seconds": (moments[-1] - moments[0]) / (len(moments) - 1)}
 
 
 def kill(trials: int, out: Path) -> None:
     """All trials, a CSV line each."""
+    # torch imports it with the first step of an optimiser: each process would.
+    importlib.import_module("torch._dynamo")
     with tempfile.TemporaryDirectory() as name:
         os.environ["MINARI_DATASETS_PATH"] = name
         made = outcome(
@@ -197,7 +249,8 @@ def kill(trials: int, out: Path) -> None:
         for kind in KINDS:
             expected = reference(kind)
             rows += [write_row(out, trial(kind, seed, expected)) for seed in range(trials)]
-    print(f"{sum(bool(row['ok']) for row in rows)} of {len(rows)} trials ended as promised")
+    for what in ("ok", "was_killed", "was_saving"):
+        print(f"{what}: {sum(bool(row[what]) for row in rows)} of {len(rows)} trials")
 
 
 # ---------------------------------------------------------------------- fuzzing

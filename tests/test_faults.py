@@ -1,7 +1,9 @@
 """Wrong arguments, wrong spaces and broken environments: what the user is told, and what is kept."""
 
+from pathlib import Path
 from typing import Any
 
+import faults
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -215,3 +217,24 @@ def test_an_unset_env_is_named(tmp_path: Any) -> None:
     NCLQL("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "model")
     with pytest.raises(AssertionError, match="set_env"):
         NCLQL.load(tmp_path / "model").learn(10)
+
+
+def test_the_trials_of_killed_processes_notice_a_checkpoint_that_is_lost_or_old(tmp_path: Path) -> None:
+    model = faults.make("NCLQL").learn(5, faults.Checkpoint(tmp_path))
+    old_buffer = (tmp_path / "buffer.pkl").read_bytes()
+    model.learn(6, faults.Checkpoint(tmp_path), reset_num_timesteps=False)
+    files = {path: path.read_bytes() for path in (tmp_path / "checkpoint.zip", tmp_path / "buffer.pkl")}
+    assert [step for step, _ in faults.completed(tmp_path)] == list(range(1, 12))
+
+    def is_whole(last: int, buffer: bytes | None = None) -> bool:
+        for path, content in files.items():
+            path.write_bytes(content)
+        (tmp_path / "buffer.pkl").write_bytes(buffer or files[tmp_path / "buffer.pkl"])
+        return bool(faults.finish("NCLQL", tmp_path, last)["whole"])
+
+    assert is_whole(11)
+    assert is_whole(10)  # the process died before it noted the last one
+    assert not is_whole(12)
+    assert not is_whole(11, old_buffer)
+    with pytest.raises(FileNotFoundError):
+        faults.finish("NCLQL", tmp_path / "empty", 11)
