@@ -3,11 +3,13 @@
 import importlib
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-# They write files where their arguments say.
+# Of what is installed, these packages' wrappers are known. The two classes write files where their arguments say.
+KNOWN_PACKAGES = {"gymnasium", "gymnasium_robotics", "rl_zoo3", "sb3_contrib", "sb3_diffrl", "stable_baselines3"}
 WRITERS = {"Monitor", "RecordVideo"}
 
 
@@ -15,7 +17,8 @@ def check_env_spec(spec: EnvSpec) -> None:
     """Check that a specification from a file names an environment and wrappers that this program knows.
 
     ``gymnasium.make`` calls whatever function a specification names, with whatever arguments. Here the environment is one that is
-    registered under the specification's id, and the wrappers are wrapper classes of Gymnasium or of modules that were imported.
+    registered under the specification's id, and the wrappers are classes of modules that were imported: the program's own, or of
+    the packages that are known here, or of the environment's own package.
 
     :raises ValueError: if it is another, with what to do
     """
@@ -32,10 +35,10 @@ def check_env_spec(spec: EnvSpec) -> None:
     if spec.id.startswith("GymV2"):
         raise ValueError(f"{spec.id!r} makes whatever environment its arguments name")
     for wrapper in spec.additional_wrappers:
-        _check_wrapper(wrapper)
+        _check_wrapper(wrapper, KNOWN_PACKAGES | {_package(_text(registered.entry_point))})
 
 
-def _check_wrapper(wrapper: WrapperSpec) -> None:
+def _check_wrapper(wrapper: WrapperSpec, known: set[str]) -> None:
     module, _, name = str(wrapper.entry_point).partition(":")
     if module.startswith("gymnasium.wrappers."):
         importlib.import_module(module)
@@ -44,8 +47,18 @@ def _check_wrapper(wrapper: WrapperSpec) -> None:
         raise ValueError(
             f"it has the wrapper {wrapper.entry_point!r}, which is not imported, or no wrapper. Import {module!r} first"
         )
-    if found.__name__ in WRITERS:
+    if WRITERS & {base.__name__ for base in found.__mro__}:
         raise ValueError(f"it has the wrapper {wrapper.entry_point!r}, which writes files")
+    file = getattr(sys.modules.get(found.__module__), "__file__", None) or ""
+    is_installed = bool({"site-packages", "dist-packages"} & set(Path(file).parts))
+    if is_installed and _package(found.__module__) not in known:
+        raise ValueError(
+            f"it has the wrapper {wrapper.entry_point!r}; of what is installed, only those of {', '.join(sorted(known))} are taken"
+        )
+
+
+def _package(entry_point: str) -> str:
+    return entry_point.partition(":")[0].partition(".")[0]
 
 
 def _text(entry_point: object) -> str:
