@@ -10,14 +10,14 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from sb3_diffrl import NCLQL, OfflineDataset
-from sb3_diffrl.configs import UnsafeConfigError, load_yaml, packaged_hyperparams, resolve
+from sb3_diffrl.configs import IMPORTED, dump_yaml, load_yaml, packaged_hyperparams, resolve
 from sb3_diffrl.saving import ModelFileError
 
 from .envs import box_env
@@ -99,9 +99,22 @@ def mutate(content: bytes, rng: np.random.Generator) -> bytes:
     return truncate(content, rng) if kind == 1 else flip_bits(content, rng)
 
 
+#: Entries of ``env_wrapper`` and the like: code, files, and what is of another form.
+NAMES = [
+    "gymnasium.wrappers.TimeLimit",
+    "[gymnasium.make: {id: Pendulum-v1}]",
+    "[os.system: {command: touch mark}]",
+    "[stable_baselines3.common.monitor.Monitor: {filename: mark}]",
+    "[sb3_diffrl.zoo.wrappers.inside_monitor: {wrappers: [os.system: {command: touch mark}]}]",
+    "[stable_baselines3.common.callbacks.CheckpointCallback: {save_freq: 1, save_path: mark}]",
+    "[{a.b: 3}, 4, [c]]",
+]
+
+
 def configurations(count: int) -> dict[str, int]:
     """The packaged hyperparameters, with characters changed, cut off or put in from a list that YAML and Python give a meaning."""
     texts = [packaged_hyperparams(name).read_text() for name in ("nclql", "lql", "diffusion_bc", "planner", "pg")]
+    bomb = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 9))
     pieces = [
         "!!python/object/apply:os.system ['touch mark']",
         "&a [*a]",
@@ -125,22 +138,43 @@ def configurations(count: int) -> dict[str, int]:
         "nn.Module",
         "\ufeff",
     ]
+    # What conversions, stacks and memories do not take.
+    pieces += ['!!bool "abc"', '!!timestamp "abc"', '!!int ""', '!!float "x"', "2001-99-99", "!!set [1]", "=", "0x" + "f" * 40]
+    pieces += ["[" * 5000, "{a: " * 500, "9" * 5000, '"{[]: 1}"', "'" + "-" * 9000 + "1'", "'" + "a." * 3000 + "b'", "[1]: 2"]
+    pieces += ["!!python/object/apply:collections.OrderedDict [[[[1], 2]]]", f"\nx: &x0 [1, 1]\n{bomb[:-1]}"]
+    pieces += [f"\n  {key}: {entry}" for key in IMPORTED for entry in NAMES]
 
     def read(rng: np.random.Generator, folder: Path) -> None:
         text = texts[rng.integers(len(texts))]
         for _ in range(rng.integers(1, 4)):
             start = int(rng.integers(len(text) + 1))
             stop = start + int(rng.integers(0, 30)) if rng.integers(2) else start
-            text = text[:start] + pieces[rng.integers(len(pieces))] + text[stop:]
+            piece = pieces[rng.integers(len(pieces))]
+            if piece.startswith("\n"):  # whole lines
+                start = stop = (text + "\n").index("\n", start)
+            text = text[:start] + piece + text[stop:]
         path = folder / "config.yml"
         path.write_text(text)
         content = load_yaml(path)
+        dump_yaml(content, path)  # what was read can be written out
         if isinstance(content, dict):
             for entry in content.values():
                 if isinstance(entry, dict):
-                    resolve(entry)
+                    use(resolve(entry))
 
-    return run(read, count, (UnsafeConfigError, ValueError, yaml.YAMLError))
+    return run(read, count, (ValueError,))
+
+
+def use(hyperparams: dict[str, Any]) -> None:
+    """Call what the settings name, as RL Zoo does; whatever it raises is its own affair, if it only runs nothing else."""
+    from rl_zoo3.utils import get_callback_list, get_wrapper_class
+
+    with suppress(Exception):
+        get_callback_list(hyperparams)
+    with suppress(Exception):
+        wrap = get_wrapper_class(hyperparams)
+        if wrap is not None:
+            wrap(box_env())
 
 
 def run(read: Callable[[np.random.Generator, Path], Any], count: int, documented: tuple[type[Exception], ...]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Signals, full disks and folders that cannot be written, in processes of their own: message, exit code, and where the model is."""
 
+import os
 import re
 import signal
 import subprocess
@@ -24,7 +25,8 @@ def start(*words: object, tmp_path: Path, n: int = 100_000) -> "subprocess.Popen
     command += [*ONLINE, "--eval-freq", "-1", *map(str, words)]
     (tmp_path / "temporary").mkdir(exist_ok=True)
     env = {**ENV, "TMPDIR": str(tmp_path / "temporary")}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    # A group of its own, as a terminal gives.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
@@ -49,6 +51,40 @@ def test_terminate_saves_and_resume_goes_on(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"evaluations\.npz is damaged.*begin anew"):
         assert main(["train", "--resume", str(folder), "--num-threads", "1", "--device", "cpu", "-v", "0"]) == 0
     assert NCLQL.load(folder / "Pendulum-v1.zip").num_timesteps == steps + 100
+
+
+def test_signals_that_reach_the_processes_of_the_envs_too(tmp_path: Path) -> None:
+    cases = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+    folders = [tmp_path / str(code) for _, code in cases]
+    words = ["--save-freq", 60, "--vec-env", "subproc"]
+    processes = [start("-f", folder, *words, tmp_path=tmp_path) for folder in folders]
+    for process, folder, (number, code) in zip(processes, folders, cases, strict=True):
+        run = folder / "nclql" / "Pendulum-v1_1"
+        wait_for(run / "rl_model_60_steps.zip", process)
+        os.killpg(process.pid, number)
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == code, printed
+        assert f"Go on with: sb3-diffrl train --resume {run}" in printed
+        assert "Traceback" not in printed
+        assert NCLQL.load(run / "Pendulum-v1.zip").num_timesteps >= 60
+        assert (run / "replay_buffer.pkl").exists()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_process_of_an_env_that_was_killed_is_named(tmp_path: Path) -> None:
+    process = start("-f", tmp_path, "--save-freq", 60, "--vec-env", "subproc", tmp_path=tmp_path)
+    wait_for(tmp_path / "nclql" / "Pendulum-v1_1" / "rl_model_60_steps.zip", process)
+    # The env's process is a child of the one that starts such processes.
+    (killed,) = [inner for child in children(process.pid) for inner in children(child)]
+    os.kill(killed, signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, printed
+    assert "error: The process of an environment has ended" in printed
+    assert "The model of step" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.fixture
