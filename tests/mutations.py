@@ -72,6 +72,7 @@ def replace_value(content: bytes, rng: np.random.Generator) -> bytes:
     parent, key = places[rng.integers(len(places))]
     values: list[Any] = [None, True, -1, 0, 10**12, 1e308, float("nan"), "", "x" * 1000, [], {}, [[]] * 50, {"$": "Box"}, 2**63]
     values += [{"$": "object", "class": "os.system", "arguments": {}}, {"$": "tuple", "items": 3}, {"$": "array", "shape": [10**9]}]
+    values += [0.5, 2**40, [[1, 2]], {"$": "tuple", "items": [1]}, {"$": "class", "class": "torch.nn.ReLU"}]
     parent[key] = values[rng.integers(len(values))]
     return pack({**entries, ENTRY: json.dumps(document).encode()})
 
@@ -138,7 +139,7 @@ def poison_weights(content: bytes, rng: np.random.Generator) -> bytes:
     """A weight that is not finite."""
     entries = unpack(content)
     state = th.load(io.BytesIO(entries["policy.pth"]), weights_only=True)
-    name = [name for name, value in state.items() if isinstance(value, th.Tensor) and value.is_floating_point()][0]
+    name = next(name for name, value in state.items() if isinstance(value, th.Tensor) and value.is_floating_point())
     state[name].flatten()[rng.integers(state[name].numel())] = (float("nan"), float("inf"))[rng.integers(2)]
     buffer = io.BytesIO()
     th.save(state, buffer)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import resource
 import tracemalloc
 import zlib
 from contextlib import suppress
@@ -17,11 +16,15 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
+from stable_baselines3.common.noise import NormalActionNoise, VectorizedActionNoise
 
 from sb3_diffrl import LQL, NCLQL, DiffusionBC, OfflineDataset
+from sb3_diffrl.common import NonFiniteError
 from sb3_diffrl.offline.writing import DatasetWriter
 from sb3_diffrl.saving import ModelFileError
 from sb3_diffrl.saving.archive import ENTRY
+from sb3_diffrl.saving.encoding import encode
+from sb3_diffrl.timesteps.adaptive import AdaptiveTimestepSampler
 
 from . import fuzzing
 from .envs import box_env
@@ -59,23 +62,136 @@ def test_a_mutated_file_is_an_error_or_the_right_model(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.zip"
     messages = []
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for seed in range(SEEDS):
+    data = tiny_dataset()
+    before = restart_peak()
+    for seed in range(4 * SEEDS if mutation in ("replace_value", "flip_json") else SEEDS):
         path.write_bytes(MUTATIONS[mutation](content, np.random.default_rng([seed, zlib.crc32(mutation.encode())])))
+        given = {"env": box_env()} if cls is NCLQL else {"dataset": data}
         try:
-            loaded = cls.load(path, device="cpu")
+            loaded = cls.load(path, device="cpu", **given)
         except ModelFileError as error:
             messages.append(str(error))
         else:
             assert {name: value.shape for name, value in loaded.policy.state_dict().items()} == {
                 name: value.shape for name, value in weights.items()
             }
+            loaded.predict(np.zeros(loaded.observation_space.shape, np.float32))
+            with suppress(NonFiniteError):  # which is promised, too: a large learning rate is a number
+                loaded.learn(2, reset_num_timesteps=False)
         assert [file.name for file in tmp_path.iterdir()] == ["model.zip"], f"seed {seed} ran something, or wrote a file"
     if mutation not in ("flip_json", "replace_value", "drop_entry", "traverse", "plant_pickle", "flip_bits"):
         assert len(messages) == SEEDS
     assert all(len(message) > 30 for message in messages)
-    # In kB; the bombs would take gigabytes
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 500_000
+    # The bombs would take gigabytes.
+    assert peak() - before < 500e6
+
+
+def restart_peak() -> int:
+    """Begin to measure the largest memory anew.
+
+    :return: bytes in memory now
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """Most bytes in memory at once since ``restart_peak()``."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def test_the_peak_of_memory_is_seen_after_a_larger_one() -> None:
+    # Otherwise the limit above could not fail.
+    np.ones(2**25)
+    before = restart_peak()
+    np.ones(2**24)
+    assert peak() - before > 100e6
+
+
+def with_attributes(content: bytes, **changed: Any) -> io.BytesIO:
+    entries = unpack(content)
+    document = json.loads(entries[ENTRY])
+    document["attributes"] |= changed
+    return io.BytesIO(pack({**entries, ENTRY: json.dumps(document).encode()}))
+
+
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "action_space": [0.5, True, -1, None, {"$": "Discrete", "n": 3, "start": 0}],
+    "observation_space": [0.5, None],
+    "verbose": [{"$": "tuple", "items": [1]}, "x"],
+    "policy_class": [None, {"$": "class", "class": "torch.nn.ReLU"}],
+    "policy_kwargs": [3, [], {"net_arch": "x"}, {"n_critics": 10**9}, {"activation_fn": "relu"}],
+    "learning_rate": ["x", None, -1.0, float("nan"), {"$": "class", "class": "torch.nn.ReLU"}],
+    "tau": ["x", None, 2.0, float("nan")],
+    "gamma": [[], 1e308],
+    "train_freq": [2**40, 0, None, {"$": "tuple", "items": [2**40, "step"]}, {"$": "tuple", "items": [1]}],
+    "gradient_steps": [None, 1.5, 2**40, -7],
+    "learning_starts": ["x", None, -5],
+    "batch_size": [0, 10**12, None],
+    "buffer_size": [10**9, "x", 0],
+    "n_envs": [10**9, 0, None],
+    "n_levels": [4 * 10**6, 0, "x"],
+    "n_particles": [10**9, None],
+    "n_langevin_steps": [10**9, 10**5],
+    "action_noise": [3, {"$": "class", "class": "torch.nn.ReLU"}],
+    "on_nonfinite": ["other", None],
+    "_random_state": [[], {"seed": 0}, "x"],
+    "ep_info_buffer": [None, [], {"$": "deque", "items": [{"x": 1}], "maxlen": 3}],
+    "_last_obs": [3, encode(np.zeros((1, 500), np.float32))],
+    "num_timesteps": ["x", None, -1, 1e308],
+    "seed": ["x", -1, 0.5],
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_attribute_that_cannot_be_is_refused_by_name(name: str, files: dict[str, Any]) -> None:
+    cls, content, _ = files["NCLQL"]
+    before = restart_peak()
+    for value in IMPOSSIBLE[name]:
+        for given in ({}, {"env": box_env()}):
+            if name == "_last_obs" and given:
+                continue  # it is forgotten with another env
+            with pytest.raises(ModelFileError, match=f"(?i)'{name}'|does not make|'net_arch'|'n_critics'|'activation_fn'"):
+                cls.load(with_attributes(content, **{name: value}), device="cpu", **given)
+    assert peak() - before < 200e6
+
+
+def test_noise_for_very_many_envs_is_not_made(files: dict[str, Any]) -> None:
+    cls, content, _ = files["NCLQL"]
+    vectorised = encode(VectorizedActionNoise(NormalActionNoise(np.zeros(3), np.ones(3)), 1))
+    vectorised["arguments"]["n_envs"] = 4 * 10**6
+    before = restart_peak()
+    with pytest.raises(ModelFileError, match="'n_envs' is 4000000, it should be from 1 to 10,000"):
+        cls.load(with_attributes(content, action_noise=vectorised), device="cpu")
+    for width in (2, 4):
+        other = NormalActionNoise(np.zeros(width), np.ones(width))
+        with pytest.raises(ModelFileError, match="'action_noise' does not belong in this model"):
+            cls.load(with_attributes(content, action_noise=encode(other)), device="cpu")
+    assert peak() - before < 200e6
+
+
+def test_a_policy_of_very_many_levels_is_not_made(tmp_path: Path) -> None:
+    policy = NCLQL("MlpPolicy", box_env(), buffer_size=10, policy_kwargs={"net_arch": [8]}, device="cpu").policy
+    policy.save(tmp_path / "policy")
+    saved = th.load(tmp_path / "policy", weights_only=True)
+    arguments = json.loads(saved["arguments"])
+    arguments["attributes"]["sampler"]["arguments"]["n_levels"] = 3 * 10**6
+    th.save({**saved, "arguments": json.dumps(arguments)}, tmp_path / "policy")
+    before = restart_peak()
+    with pytest.raises(ModelFileError, match="'n_levels' is 3000000"):
+        type(policy).load(tmp_path / "policy", device="cpu")
+    assert peak() - before < 200e6
+
+
+def test_what_a_trusted_file_holds_is_taken(tmp_path: Path) -> None:
+    model = NCLQL("MlpPolicy", box_env(), buffer_size=10, policy_kwargs={"net_arch": [8]}, device="cpu")
+    model.n_particles = 10**6
+    model.save(tmp_path / "model")
+    with pytest.raises(ModelFileError, match=r"'n_particles' is 1000000, .* `trusted=True` takes it as it is"):
+        NCLQL.load(tmp_path / "model", device="cpu")
+    assert NCLQL.load(tmp_path / "model", device="cpu", trusted=True).n_particles == 10**6
+    assert NCLQL.load(tmp_path / "model", device="cpu", custom_objects={"n_particles": 2}).n_particles == 2
 
 
 def test_settings_of_an_optimiser_are_the_models_own(files: dict[str, Any]) -> None:
@@ -89,6 +205,27 @@ def test_settings_of_an_optimiser_are_the_models_own(files: dict[str, Any]) -> N
     group = model.critic.optimizer.param_groups[0]
     assert [group[name] for name in ("betas", "eps", "fused", "maximize")] == [(0.9, 0.999), 1e-8, True, False]
     assert th.equal(model.critic.optimizer.state_dict()["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])
+
+
+def test_optimisers_within_networks_are_compared_as_well() -> None:
+    model = DiffusionBC(
+        "MlpPolicy",
+        dataset=tiny_dataset(),
+        timestep_sampler=AdaptiveTimestepSampler(update_frequency=2),
+        policy_kwargs={"net_arch": [8]},
+        batch_size=4,
+        device="cpu",
+    ).learn(20)
+    parameters = model.get_parameters()
+    name = next(name for name in parameters["policy"] if name.endswith("_extra_state"))
+    model.set_parameters(parameters)
+    for state in parameters["policy"][name]["optimizer"]["state"].values():
+        state["exp_avg"] = th.zeros(1)
+    with pytest.raises(RuntimeError, match=r"exp_avg of the optimiser in .* is of shape \(1,\)"):
+        model.set_parameters(parameters)
+    parameters["policy"][name] = {**parameters["policy"][name], "n_sweeps": "x"}
+    with pytest.raises(RuntimeError, match=r"n_sweeps of .* is str, it should be int"):
+        model.set_parameters(parameters)
 
 
 def test_variables_of_other_classes_are_not_put_anywhere(files: dict[str, Any]) -> None:

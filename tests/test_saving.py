@@ -213,7 +213,7 @@ def test_what_runs_code_is_refused_by_name_and_loads_when_trusted(tmp_path: Path
     given: dict[str, Any] = {"policy_kwargs": model.policy_kwargs}
     with pytest.raises(ModelFileError, match="custom_schedule in 'learning_rate'"):
         NCLQL.load(tmp_path / "model", custom_objects=given, device="cpu")
-    given |= {"learning_rate": 1e-3, "lr_schedule": None}
+    given |= {"learning_rate": 1e-3}
     same(model, NCLQL.load(tmp_path / "model", custom_objects=given, device="cpu"))
     loaded = NCLQL.load(tmp_path / "model", device="cpu", trusted=True)
     same(model, loaded)
@@ -269,6 +269,31 @@ def test_wrong_env_is_an_error_of_the_caller(tmp_path: Path) -> None:
         NCLQL.load(tmp_path / "model", env=box_env(4, 3))
     with pytest.raises(FileNotFoundError):
         NCLQL.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "foo"}, "device string: foo"),
+        ({"n_levels": 0}, r"What `load\(\)` was given does not fit: 'n_levels' is 0"),
+        ({"custom_objects": {"tau": "x"}}, r"What `load\(\)` was given does not fit: 'tau' is 'x'"),
+        ({"custom_objects": {"policy_kwargs": {"net_arch": [9]}}}, r"was given \(policy_kwargs\) do not make a NCLQL together"),
+    ],
+)
+def test_what_the_caller_gives_is_the_callers_mistake(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trained().save(tmp_path / "model")
+    with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+        NCLQL.load(tmp_path / "model", **{"device": "cpu", **given})
+    assert not isinstance(caught.value, ModelFileError)
+
+
+def test_a_file_of_another_algorithm_names_it(tmp_path: Path) -> None:
+    trained().save(tmp_path / "model")
+    for other in (LQL, DiffusionBC):
+        with pytest.raises(
+            ModelFileError, match=rf"was saved by NCLQL and does not make a {other.__name__}: load it by `NCLQL.load"
+        ):
+            other.load(tmp_path / "model", device="cpu")
 
 
 # ---------------------------------------------------------------------- policies

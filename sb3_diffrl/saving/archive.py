@@ -32,24 +32,33 @@ class Archive(NamedTuple):
     :param versions: that it was saved by
     :param weights: the entries of ``torch.save``, by their file names
     :param system_info: as Stable-Baselines3 writes it
+    :param made_by: name of the algorithm's class, empty where the file does not say
     """
 
     attributes: dict[str, Any]
     versions: dict[str, str]
     weights: dict[str, bytes]
     system_info: str
+    made_by: str
 
 
-def document(attributes: Mapping[str, Any]) -> str:
+class Document(NamedTuple):
+    """What a JSON holds, see ``Archive``."""
+
+    attributes: dict[str, Any]
+    versions: dict[str, str]
+    made_by: str
+
+
+def document(attributes: Mapping[str, Any], made_by: str = "") -> str:
     """The JSON of encoded attributes, with the version of the format and the versions of the packages."""
-    return json.dumps({"format": FORMAT, "versions": versions(), "attributes": attributes})
+    return json.dumps({"format": FORMAT, "versions": versions(), "made_by": made_by, "attributes": attributes})
 
 
-def read_document(text: str | bytes, what: str) -> tuple[dict[str, Any], dict[str, str]]:
+def read_document(text: str | bytes, what: str) -> Document:
     """What ``document()`` wrote.
 
     :param what: the file, for messages
-    :return: attributes and versions
     :raises ModelFileError: if it is something else, or from a later version
     """
     try:
@@ -70,7 +79,7 @@ def read_document(text: str | bytes, what: str) -> tuple[dict[str, Any], dict[st
         )
     if not isinstance(content.get("attributes"), dict):
         raise ModelFileError(f"{what} is damaged: it holds no attributes.")
-    return content["attributes"], saved
+    return Document(content["attributes"], saved, str(content.get("made_by", "")))
 
 
 def read_zip(file: BinaryIO, what: str) -> zipfile.ZipFile:
@@ -114,7 +123,7 @@ def read_archive(file: BinaryIO, what: str) -> Archive:
             "with `trusted=True`, which runs what it holds."
         )
     try:
-        attributes, saved = read_document(archive.read(ENTRY), what)
+        header = read_document(archive.read(ENTRY), what)
         weights = {name: archive.read(name) for name in names if WEIGHTS.fullmatch(name)}
         system_info = archive.read("system_info.txt").decode() if "system_info.txt" in names else ""
     except ModelFileError:
@@ -125,7 +134,7 @@ def read_archive(file: BinaryIO, what: str) -> Archive:
         check_weights(content, f"{name} in {what}")
     for name in VARIABLES & weights.keys():
         _check_empty(weights.pop(name), f"{name} in {what}")
-    return Archive(attributes, saved, weights, system_info)
+    return Archive(header.attributes, header.versions, weights, system_info, header.made_by)
 
 
 def _check_empty(content: bytes, what: str) -> None:

@@ -19,6 +19,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import TrainFreq
 
 from sb3_diffrl.saving.allowed import find_class, find_value_class, name_of_class, value_arguments
+from sb3_diffrl.saving.limits import check_arguments
 
 TAG = "$"
 # Of numbers alone: an array of objects would be pickled.
@@ -181,7 +182,9 @@ def _encode_object(value: Any) -> dict[str, Any]:
 
 def _decode_object(node: dict[str, Any]) -> Any:
     made = find_value_class(node["class"])
-    return made(**{name: decode(value) for name, value in node["arguments"].items()})
+    arguments = {name: decode(value) for name, value in node["arguments"].items()}
+    check_arguments(made, arguments)
+    return made(**arguments)
 
 
 def _decode_class(node: dict[str, Any]) -> type:

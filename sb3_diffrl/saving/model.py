@@ -11,13 +11,14 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file, open_path, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
-from stable_baselines3.common.utils import check_for_correct_spaces, get_system_info
+from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_diffrl.saving.archive import ENTRY, Archive, ModelFileError, document, read_archive, weights_alone
 from sb3_diffrl.saving.atomic import atomic_file, target_of
 from sb3_diffrl.saving.building import bounded
 from sb3_diffrl.saving.encoding import NotAllowedError, Refused, decode_all, encode_all
+from sb3_diffrl.saving.limits import UnfitError, check_attributes
 from sb3_diffrl.saving.parameters import checked
 from sb3_diffrl.saving.versions import note_differences
 
@@ -74,7 +75,7 @@ class SafeSaving(BaseAlgorithm):
         super().save(buffer, exclude, include)
         with zipfile.ZipFile(buffer, "a") as archive:
             names = json.loads(archive.read("data"))
-            archive.writestr(ENTRY, document(encode_all({name: self.__dict__[name] for name in names})))
+            archive.writestr(ENTRY, document(encode_all({name: self.__dict__[name] for name in names}), type(self).__name__))
         return buffer.getvalue()
 
     @classmethod
@@ -101,6 +102,7 @@ class SafeSaving(BaseAlgorithm):
             models with functions or classes of your own, and for files of other packages.
         :param kwargs: attributes to change
         :raises ModelFileError: if the file is damaged, or holds what is not loaded unless it is trusted; the message says which
+        :raises ValueError: if what is given here does not fit: spaces of ``env``, ``custom_objects``, ``kwargs``
         :raises FileNotFoundError: if there is none
         """
         if trusted:
@@ -115,7 +117,17 @@ class SafeSaving(BaseAlgorithm):
         finally:
             if isinstance(path, (str, Path)):
                 file.close()
+        device = get_device(device)  # raises if there is none
+        given = {**(custom_objects or {}), **kwargs}
         attributes = cls._attributes(archive, custom_objects or {}, what)
+        try:
+            check_attributes(cls, {**attributes, **kwargs})
+        except UnfitError as error:
+            if error.name in given:
+                raise ValueError(f"What `load()` was given does not fit: {error}.") from error
+            raise ModelFileError(
+                f"{what} is damaged: {error}. If you know where the file comes from, `trusted=True` takes it as it is."
+            ) from error
         if env is not None:
             env = cls._wrap_env(env, attributes.get("verbose", 0))
             check_for_correct_spaces(env, attributes["observation_space"], attributes["action_space"])
@@ -128,7 +140,8 @@ class SafeSaving(BaseAlgorithm):
             print("== CURRENT SYSTEM INFO ==")
             get_system_info()
         note_differences(archive.versions, stacklevel=2)
-        return cls._noted(cls._build(archive, attributes, what, env, device, print_system_info, force_reset, kwargs), path)
+        model = cls._build(archive, attributes, what, env, device, print_system_info, force_reset, kwargs, [*given])
+        return cls._noted(model, path)
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
@@ -160,11 +173,15 @@ class SafeSaving(BaseAlgorithm):
 
     @classmethod
     def _attributes(cls, archive: Archive, custom_objects: dict[str, Any], what: str) -> dict[str, Any]:
+        # The schedule is made anew from the learning rate.
+        skipped = frozenset({*custom_objects, "lr_schedule"})
         try:
-            attributes = decode_all(archive.attributes, frozenset(custom_objects))
+            with bounded(0):
+                attributes = decode_all(archive.attributes, skipped)
         except NotAllowedError as error:
             raise ModelFileError(f"{what} is damaged: {error}.") from error
         attributes |= {name: value for name, value in custom_objects.items() if name in archive.attributes}
+        attributes["lr_schedule"] = None
         for name, value in attributes.items():
             if isinstance(value, Refused):
                 raise ModelFileError(
@@ -189,6 +206,7 @@ class SafeSaving(BaseAlgorithm):
         print_system_info: bool,
         force_reset: bool,
         kwargs: dict[str, Any],
+        given: list[str],
     ) -> SelfSafeSaving:
         needs_env = attributes.get("replay_buffer_class") is HerReplayBuffer and env is None
         try:
@@ -206,6 +224,16 @@ class SafeSaving(BaseAlgorithm):
         except Exception as error:
             if needs_env and isinstance(error, AssertionError):
                 raise
-            raise ModelFileError(
-                f"{what} is damaged: what it holds does not make a {cls.__name__} ({type(error).__name__}: {str(error)[:500]})."
-            ) from error
+            # Stable-Baselines3 looks for a remedy of its own, where it fails again.
+            cause = error.__context__ if isinstance(error, KeyError) and error.__context__ else error
+            reason = f"({type(cause).__name__}: {str(cause)[:500]})"
+            if archive.made_by not in ("", cls.__name__):
+                raise ModelFileError(
+                    f"{what} was saved by {archive.made_by[:100]} and does not make a {cls.__name__}: load it by "
+                    f"`{archive.made_by[:100]}.load()` {reason}."
+                ) from error
+            if given:
+                raise ValueError(
+                    f"{what} and what `load()` was given ({', '.join(given)}) do not make a {cls.__name__} together {reason}."
+                ) from error
+            raise ModelFileError(f"{what} is damaged: what it holds does not make a {cls.__name__} {reason}.") from error

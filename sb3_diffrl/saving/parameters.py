@@ -35,6 +35,21 @@ def checked(target: nn.Module | th.optim.Optimizer, state: Any, name: str) -> An
         # What is missing or too much is the network's own business.
         if isinstance(ours, th.Tensor) and key in state:
             _check(state[key], ours, f"{key} of {name}")
+    return _with_extra_states(target, state, name)
+
+
+def _with_extra_states(target: nn.Module, state: Any, name: str) -> Any:
+    # Modules that are trained by an optimiser of their own, such as timestep samplers, keep it there, beside counters.
+    state = copy.copy(state)
+    for path, module in target.named_modules():
+        key, optimizer = f"{path}._extra_state".removeprefix("."), getattr(module, "optimizer", None)
+        if isinstance(optimizer, th.optim.Optimizer) and state.get(key):
+            theirs, ours = state[key], module.get_extra_state()
+            if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
+                raise RuntimeError(f"{key} of {name} is of another module")
+            for part in ours.keys() - {"optimizer"}:
+                _check(theirs[part], ours[part], f"{part} of {key}", never_negative=True)
+            state[key] = {**theirs, "optimizer": _of_optimizer(optimizer, theirs["optimizer"], f"the optimiser in {key}")}
     return state
 
 

@@ -14,6 +14,7 @@ from sb3_diffrl.saving.archive import ModelFileError, check_weights, document, r
 from sb3_diffrl.saving.atomic import atomic_file
 from sb3_diffrl.saving.building import bounded
 from sb3_diffrl.saving.encoding import NotAllowedError, Refused, decode_all, encode_all
+from sb3_diffrl.saving.limits import check_arguments
 from sb3_diffrl.saving.parameters import checked
 from sb3_diffrl.saving.versions import note_differences
 
@@ -63,9 +64,10 @@ class SafePolicySaving(BasePolicy):
             text, state, pickled = saved["arguments"], saved["state_dict"], saved.get("pickled")
         except Exception as error:
             raise ModelFileError(f"{what} is damaged, or no saved policy: {str(error)[:300] or type(error).__name__}.") from error
-        encoded, versions = read_document(text, what)
+        encoded, versions, _ = read_document(text, what)
         try:
-            arguments = decode_all(encoded)
+            with bounded(len(content)):
+                arguments = decode_all(encoded)
         except NotAllowedError as error:
             raise ModelFileError(f"{what} is damaged: {error}.") from error
         if trusted and pickled is not None:
@@ -78,6 +80,8 @@ class SafePolicySaving(BasePolicy):
                 )
         note_differences(versions, stacklevel=2)
         try:
+            if not trusted:
+                check_arguments(cls, arguments)
             with bounded(len(content)):
                 policy = cls(**arguments, lr_schedule=cls._dummy_schedule)
                 policy.load_state_dict(checked(policy, state, "its state_dict"))

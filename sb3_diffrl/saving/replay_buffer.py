@@ -20,6 +20,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_diffrl.saving.archive import ModelFileError, document, read_document, read_zip
 from sb3_diffrl.saving.atomic import atomic_file
 from sb3_diffrl.saving.encoding import DTYPE, Refused, decode_all, encode_all
+from sb3_diffrl.saving.limits import check_arguments
 
 BUFFERS: dict[str, type[ReplayBuffer]] = {
     buffer.__name__: buffer for buffer in (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer, HerReplayBuffer)
@@ -138,7 +139,7 @@ def _write(buffer: ReplayBuffer, file: Any) -> None:
 def _read(file: Any, what: str) -> ReplayBuffer:
     archive = read_zip(file, what)
     try:
-        header, _ = read_document(archive.read(ENTRY), what)
+        header = read_document(archive.read(ENTRY), what).attributes
         cls, state = BUFFERS[header["class"]], decode_all(header["state"])
         for i, (name, key) in enumerate(header["arrays"]):
             array = _read_array(archive, f"{i}.npy")
@@ -213,6 +214,7 @@ def _one_row(cls: type[ReplayBuffer], state: dict[str, Any]) -> dict[str, Any]:
     # Attributes of a new buffer of the same settings, with one row
     known = {name for made in (ReplayBuffer, cls) for name in inspect.signature(made.__init__).parameters}
     arguments = {name: state[name] for name in known & state.keys() - {"buffer_size"}}
+    check_arguments(cls, arguments)
     if cls is HerReplayBuffer:
         arguments["env"] = None
     return vars(cls(buffer_size=state["n_envs"], device="cpu", **arguments))
