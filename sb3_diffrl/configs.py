@@ -272,7 +272,11 @@ def resolve(hyperparams: Mapping[str, Any], trust: bool = False) -> dict[str, An
     for key in EVALUATED:
         if isinstance(resolved.get(key), str):
             try:
-                resolved[key] = parse_python(resolved[key])
+                parsed = parse_python(resolved[key])
+                if isinstance(parsed, str):
+                    # RL Zoo would evaluate that in turn.
+                    raise UnsafeConfigError("it is a string within a string")
+                resolved[key] = parsed
             except UnsafeConfigError as error:
                 if not trust:
                     raise UnsafeConfigError(f"`{key}`: {error}. {_TRUST}") from None

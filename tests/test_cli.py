@@ -299,8 +299,9 @@ def test_a_configuration_that_runs_code_is_refused(tmp_path: Path, capsys: pytes
     config = tmp_path / "mine.yml"
     config.write_text("Pendulum-v1: {n_timesteps: 10, policy: MlpPolicy, env_wrapper: subprocess.Popen}\n")
     assert "--trust" in say(capsys, "train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", config, "-f", tmp_path, code=1)
-    config.write_text("Pendulum-v1: {n_timesteps: 10, policy: MlpPolicy, policy_kwargs: \"exec('1')\"}\n")
-    assert "--trust" in say(capsys, "train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", config, "-f", tmp_path, code=1)
+    for code in ("exec('1')", "'exec(1)'"):
+        config.write_text(f'Pendulum-v1: {{n_timesteps: 10, policy: MlpPolicy, policy_kwargs: "{code}"}}\n')
+        assert "--trust" in say(capsys, "train", "--algo", "nclql", "--env", "Pendulum-v1", "-c", config, "-f", tmp_path, code=1)
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,6 +8,7 @@ from stable_baselines3 import HerReplayBuffer
 from torch import nn
 
 from sb3_diffrl.configs import (
+    EVALUATED,
     UnsafeConfigError,
     dump_yaml,
     is_plain,
@@ -91,6 +92,13 @@ def test_strings_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(UnsafeConfigError, match=r"--trust"):
         resolve({"policy_kwargs": text})
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", EVALUATED)
+def test_strings_within_strings_are_not_left_to_be_evaluated(key: str) -> None:
+    code = "__import__('os').system('touch ran')"
+    with pytest.raises(UnsafeConfigError, match=r"within a string.*--trust"):
+        resolve({key: repr(code)})
 
 
 def test_values_of_strings() -> None:
