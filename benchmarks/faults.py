@@ -115,14 +115,14 @@ def finish(kind: str, folder: Path, last: int) -> dict[str, Any]:
     """Load what a killed process left, and go on to the end.
 
     :param last: step of the last checkpoint that was complete, or number of the last recording; 0 begins anew
-    :return: the step that was loaded, the step at the end, the digest there
+    :return: the step that was loaded, or the length of the dataset, the same at the end, the digest there
     """
     if kind == "recording":
         steps = OfflineDataset.load(RECORDED).n_steps
         number = minari.load_dataset(RECORDED).storage.metadata["provenance"]["seed"]
         record_dataset(None, "Pendulum-v1", RECORDED, n_steps=300, seed=0, overwrite=True)
         whole = steps == 300 and last <= number <= last + 1
-        return {"loaded": number, "finished": OfflineDataset.load(RECORDED).n_steps, "digest": "", "whole": whole}
+        return {"loaded": steps, "finished": OfflineDataset.load(RECORDED).n_steps, "digest": "", "whole": whole}
     has_buffer = True
     if last == 0:
         model = make(kind)
