@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,31 @@ def test_a_link_stays_and_leads_to_the_new_file(tmp_path: Path) -> None:
     write(tmp_path / "model.zip", b"new")
     assert (tmp_path / "model.zip").is_symlink()
     assert (tmp_path / "there" / "model.zip").read_bytes() == b"new"
+
+
+def test_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    write(tmp_path / "model.zip", b"one")
+    for mode in (0o600, 0o640):
+        (tmp_path / "model.zip").chmod(mode)
+        write(tmp_path / "model.zip", b"two")
+        assert (tmp_path / "model.zip").stat().st_mode & 0o777 == mode
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.zip")
+    received = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe.zip").read_bytes()))
+    reader.start()
+    write(tmp_path / "pipe.zip", b"content")
+    reader.join(10)
+    assert received == [b"content"]
+    assert (tmp_path / "pipe.zip").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "\u6a21" * 80, "\u6a21" * 83])
+def test_names_as_long_as_the_system_allows_are_written(name: str, tmp_path: Path) -> None:
+    write(tmp_path / f"{name}.zip", b"content")
+    assert (tmp_path / f"{name}.zip").read_bytes() == b"content"
 
 
 def test_folders_are_made_and_not_overwritten(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,8 @@ def atomic_file(path: str | Path, suffix: str) -> Iterator[BinaryIO]:
     """A new file to write, which takes its place when the block is left without an error.
 
     It is written aside in the same folder, under a hidden name that ends in ``.saving``, flushed to the disk and renamed. Whatever
-    interrupts this, the former file is as it was. A process that is killed in between may leave the hidden file behind.
+    interrupts this, the former file is as it was. A process that is killed in between may leave the hidden file behind. The new
+    file has the mode of the one it replaces. What is no file, such as a pipe or a device, is written to as it is.
 
     :param path: where it goes, as Stable-Baselines3 reads paths: without a suffix it gets one, a missing folder is made, and beside
         a folder of that name it is called ``<name>_2``, the latter two with a warning
@@ -29,7 +31,13 @@ def atomic_file(path: str | Path, suffix: str) -> Iterator[BinaryIO]:
         warnings.warn(f"Path '{folder}' is a folder. Will save instead to {target}", stacklevel=4)
     # What a link leads to is replaced, not the link.
     target = Path(os.path.realpath(target))
-    aside = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.saving")
+    if target.exists() and not target.is_file():
+        with open(target, "wb") as file:
+            yield file
+        return
+    # Names are limited to 255 bytes.
+    name = os.fsencode(target.name)[:200].decode(errors="ignore")
+    aside = target.with_name(f".{name}.{secrets.token_hex(4)}.saving")
     try:
         if not target.parent.exists():
             warnings.warn(f"Path '{target.parent}' does not exist. Will create it.", stacklevel=4)
@@ -38,6 +46,8 @@ def atomic_file(path: str | Path, suffix: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, aside)
         os.replace(aside, target)
         _flush_folder(target.parent)
     except OSError as error:
