@@ -179,7 +179,7 @@ def test_a_run_that_is_none_is_named(copy: Path, file: str, text: str, capsys: p
     say(capsys, "train", "--from", copy, "-f", copy / "logs", *TINY, code=1)
 
 
-def test_pickles_are_not_what_trust_is_asked_for_elsewhere(tmp_path: Path) -> None:
+def test_missing_statistics_and_a_pickle_alone_are_told_apart(tmp_path: Path) -> None:
     from sb3_diffrl.zoo.statistics import load_statistics
 
     venv = DummyVecEnv([box_env])
