@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sb3_diffrl import NCLQL, OfflineDataset
+from sb3_diffrl.common import NonFiniteError
 from sb3_diffrl.configs import IMPORTED, dump_yaml, load_yaml, packaged_hyperparams, resolve
 from sb3_diffrl.saving import ModelFileError
 
@@ -31,14 +32,18 @@ SECONDS, BYTES = 60, 3 * 2**30
 
 
 def models(count: int) -> dict[str, int]:
-    """Zips of a model, mutated in every way that the tests know."""
+    """Zips of a model, mutated in every way that the tests know; what loads acts and learns."""
     buffer = io.BytesIO()
-    NCLQL("MlpPolicy", box_env(), buffer_size=10, policy_kwargs={"net_arch": [4]}, device="cpu").save(buffer)
+    settings: dict[str, Any] = {"buffer_size": 10, "batch_size": 4, "learning_starts": 2}
+    NCLQL("MlpPolicy", box_env(), policy_kwargs={"net_arch": [4]}, device="cpu", **settings).learn(5).save(buffer)
 
     def read(rng: np.random.Generator, folder: Path) -> None:
         name = list(MUTATIONS)[rng.integers(len(MUTATIONS))]
         (folder / "model.zip").write_bytes(MUTATIONS[name](buffer.getvalue(), rng))
-        NCLQL.load(folder / "model.zip", device="cpu")
+        model = NCLQL.load(folder / "model.zip", env=box_env(), device="cpu")
+        model.predict(np.zeros(5, np.float32))
+        with suppress(NonFiniteError):  # of a learning rate or reward scale that is large
+            model.learn(2, reset_num_timesteps=False)
 
     return run(read, count, (ModelFileError,))
 
