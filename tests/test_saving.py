@@ -205,6 +205,26 @@ def test_ordinary_models_need_no_trust(kwargs: dict[str, Any], tmp_path: Path, m
     loaded.learn(10, reset_num_timesteps=False)
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        *(spaces.Discrete(4), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary([2, 2]), spaces.Box(-1, 1, (2, 3))),
+        spaces.Box(0, 255, (36, 36, 3), np.uint8),
+        spaces.Dict({"a": spaces.Discrete(3), "b": spaces.Box(-1, 1, (2, 2))}),
+    ],
+    ids=str,
+)
+def test_models_and_buffers_of_every_space_come_back(space: spaces.Space[Any], tmp_path: Path) -> None:
+    policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+    env = RandomEnv(space, spaces.Box(-1, 1, (2,)))
+    model = NCLQL(policy, env, **TINY, buffer_size=20).learn(10)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = NCLQL.load(tmp_path / "model", env=model.get_env(), device="cpu", force_reset=False)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.learn(5, reset_num_timesteps=False)
+
+
 def test_what_runs_code_is_refused_by_name_and_loads_when_trusted(tmp_path: Path) -> None:
     model = trained(learning_rate=custom_schedule, policy_kwargs={"net_arch": [8], "features_extractor_class": CustomExtractor})
     model.save(tmp_path / "model")

@@ -16,7 +16,6 @@ from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -210,10 +209,12 @@ def _check_observation(name: str, attributes: Mapping[str, Any]) -> None:
     stored: Any = attributes.get(name)
     if stored is None:
         return
-    shapes: Any = get_obs_shape(attributes["observation_space"])
-    expected, found = (each if isinstance(each, dict) else {"": each} for each in (shapes, stored))
-    for key, shape in expected.items():
-        if key not in found or found[key].shape != (attributes.get("n_envs", 1), *shape):
+    space = attributes["observation_space"]
+    expected = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    found = stored if isinstance(stored, dict) else {"": stored}
+    for key, part in expected.items():
+        # Buffers turn the integers of one space, (n_envs,), to (n_envs, 1) in place.
+        if key not in found or found[key].size != attributes.get("n_envs", 1) * math.prod(part.shape or ()):
             raise UnfitError(name, "is no observation of the model's space and number of envs")
 
 

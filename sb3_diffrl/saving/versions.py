@@ -1,5 +1,6 @@
 """The versions that a file was written by."""
 
+import functools
 import platform
 import warnings
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a model, a dataset or a score is, as far as they are installed."""
+@functools.cache  # reads a file for each of them, at every save
+def _installed() -> Mapping[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -27,6 +28,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a model, a dataset or a score is, as far as they are installed."""
+    return dict(_installed())
 
 
 def note_differences(saved: Mapping[str, str], stacklevel: int) -> None:
