@@ -130,6 +130,7 @@ def finish(kind: str, folder: Path, last: int) -> dict[str, Any]:
         model = NCLQL.load(folder / "checkpoint", env=make(kind).get_env(), device="cpu")
         model.load_replay_buffer(folder / "buffer")
         # Without the transition of the step in which it was saved
+        assert model.replay_buffer is not None
         has_buffer = last - 1 <= model.replay_buffer.size() <= last
     else:
         model = ALGORITHMS[kind].load(folder / "checkpoint", device="cpu")

@@ -202,13 +202,15 @@ def makers_table() -> str:
 def faults_table() -> str:
     """Killed processes, fuzzed inputs and long runs."""
     rows = {path.stem: list(csv.DictReader(path.open())) for path in (RESULTS / "faults").glob("*.csv")}
-    lines = ["| killed | processes | step of the checkpoint that was loaded | ended as promised |", "|---|---|---|---|"]
+    lines = ["| killed | processes | while a file was written | step of the checkpoint that was loaded | ended as promised |"]
+    lines += ["|---" * 5 + "|"]
     for kind in dict.fromkeys(row["kind"] for row in rows.get("kill", [])):
         trials = [row for row in rows["kill"] if row["kind"] == kind]
         loaded = sorted(int(row["loaded_step"] or -1) for row in trials)
         unit = "steps of the dataset" if kind == "recording" else "steps"
         ok = sum(row["ok"] == "True" for row in trials)
-        lines.append(f"| {kind} | {len(trials)} | {', '.join(map(str, loaded))} ({unit}) | {ok} |")
+        saving = sum(row["was_saving"] == "True" for row in trials)
+        lines.append(f"| {kind} | {len(trials)} | {saving} | {', '.join(map(str, loaded))} ({unit}) | {ok} |")
     # The later run of a kind counts.
     fuzzed = {row["target"]: row for row in (*rows.get("fuzz", []), *rows.get("fuzz-datasets", []))}
     lines += ["", "| fuzzed | inputs | read | refused | other errors | crashes | ran or wrote |", "|---" * 7 + "|"]

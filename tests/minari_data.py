@@ -85,3 +85,9 @@ def opened(dataset: minari.MinariDataset) -> Iterator[h5py.File]:
 
 def hdf5_file(dataset: minari.MinariDataset) -> Path:
     return Path(dataset.storage.data_path) / "main_data.hdf5"
+
+
+def same(one: minari.MinariDataset, other: minari.MinariDataset) -> bool:
+    """Whether two datasets hold the same steps."""
+    pairs = zip(one, other, strict=True)
+    return all(np.array_equal(getattr(a, k), getattr(b, k)) for a, b in pairs for k in ("observations", "actions", "rewards"))

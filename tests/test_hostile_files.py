@@ -216,7 +216,7 @@ def test_optimisers_within_networks_are_compared_as_well() -> None:
         batch_size=4,
         device="cpu",
     ).learn(20)
-    parameters = model.get_parameters()
+    parameters: dict[str, Any] = model.get_parameters()
     name = next(name for name in parameters["policy"] if name.endswith("_extra_state"))
     model.set_parameters(parameters)
     for state in parameters["policy"][name]["optimizer"]["state"].values():

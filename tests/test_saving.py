@@ -407,11 +407,11 @@ def test_pickled_buffers_need_trust(tmp_path: Path) -> None:
 
 def rewrite(path: Path, change: Any) -> None:
     with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
+        entries: dict[str, bytes | str] = {name: archive.read(name) for name in archive.namelist()}
     document = json.loads(entries["replay_buffer.json"])
     change(document["attributes"], entries)
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {**entries, "replay_buffer.json": json.dumps(document)}.items():
+        for name, content in (entries | {"replay_buffer.json": json.dumps(document)}).items():
             archive.writestr(name, content)
 
 

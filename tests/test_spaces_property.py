@@ -143,7 +143,7 @@ TO_FLATTEN: dict[str, tuple[spaces.Space[Any], str]] = {
     "counted from another number": (spaces.Discrete(3, start=5), "does not count from 0"),
     "many, counted from another number": (spaces.MultiDiscrete([2, 3], start=[0, -2]), "does not count from 0"),
     "a part counted from a negative number": (spaces.Dict(a=BOX, d=spaces.Discrete(3, start=-1)), "does not count from 0"),
-    "two axes": (spaces.MultiDiscrete([[2, 3], [4, 5]]), "has 2 axes"),
+    "two axes": (spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])), "has 2 axes"),
     "a part without axes": (spaces.Dict(a=BOX, n=spaces.Box(-1, 1, ())), "has 0 axes"),
     "no axes": (spaces.Box(-1, 1, ()), "has 0 axes"),
     "a point in a name": (spaces.Dict({"arm.angle": BOX}), "named like its part 'arm.angle'"),

@@ -20,7 +20,7 @@ from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.native import library
 
 #: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
-LEVEL_EMBEDDING_DIM = 16
+LEVEL_EMBEDDING_DIM = native.LEVEL_ROWS
 
 
 class StackedLinear(nn.Module):

@@ -140,7 +140,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         on_nonfinite: OnNonFinite = "raise",
         _init_setup_model: bool = True,
     ) -> None:
-        check_observable(env)
+        check_observable(env, policy, policy_kwargs)
         super().__init__(
             policy,
             env,
@@ -194,6 +194,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         )
 
     def _setup_model(self) -> None:
+        check_observable(self.observation_space, self.policy_class, self.policy_kwargs)
         check_scalable(self.action_space)
         check_on_nonfinite(self.on_nonfinite)
         self.reward_scale = check_positive("reward_scale", self.reward_scale)
