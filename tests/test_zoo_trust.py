@@ -90,8 +90,11 @@ def test_statistics_are_the_same_from_both_files(tmp_path: Path, keys: list[str]
     unpickled = load_statistics(tmp_path, DummyVecEnv([two]), trust=True)
     obs = two().reset()[0]
     for other in (read, unpickled):
-        for name, values in normalize.normalize_obs(obs).items():
-            np.testing.assert_array_equal(other.normalize_obs(obs)[name], values)
+        expected, found = normalize.normalize_obs(obs), other.normalize_obs(obs)
+        assert isinstance(expected, dict)
+        assert isinstance(found, dict)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
         assert other.normalize_reward(np.array(0.3)) == normalize.normalize_reward(np.array(0.3))
     assert read.obs_rms.keys() == set(keys or ["a", "b"])
 
