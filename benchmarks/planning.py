@@ -120,7 +120,7 @@ def roll_out(model: Any, env: gym.vector.VectorEnv, n_steps: int, seed: int, det
 def evaluate(name: str, task: Task, seeds: list[int], args: argparse.Namespace) -> None:
     """Evaluate every guidance of every seed's model, DiffusionBC where there is one, and the controller."""
     dataset = open_task(task)
-    methods = ["bc" if is_run(task) else "controller", *METHODS]
+    methods = [*(("bc", "bc-sampled") if is_run(task) else ("controller",)), *METHODS]
     for seed in seeds:
         for method in methods if args.methods is None else args.methods:
             path = args.out / f"{name}-s{seed}-{method}.csv"
@@ -155,7 +155,7 @@ def load_method(
     env = gym.vector.SyncVectorEnv([make_env for _ in range(n_episodes)])
     if method == "controller":
         return Controller(make_env()), env
-    if method == "bc":
+    if method.startswith("bc"):
         return DiffusionBC.load(models / f"{name}-bc-s{seed}.zip", device="cpu"), env
     model = PG.load(models / f"{name}-s{seed}.zip", device="cpu")
     model.guidance = method.split("-")[0]

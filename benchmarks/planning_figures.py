@@ -25,7 +25,8 @@ EPISODE_STEPS = {"umaze": 300, "medium": 600}
 LOCOMOTION = ("halfcheetah-medium", "halfcheetah-medium-replay")
 LABELS = {
     "controller": "controller, no noise",
-    "bc": "DiffusionBC",
+    "bc": "DiffusionBC, deterministic",
+    "bc-sampled": "DiffusionBC, drawn",
     "none": "`none`",
     "none-zero": "`none`, zero noise",
     "cg": "`cg`",
@@ -74,7 +75,9 @@ def table(task: str, results: dict[str, dict[int, Columns]]) -> str:
         steps = EPISODE_STEPS[task]
         lines.append(f"| the data, over {steps} steps | | {steps * described['data']['reward_per_step']:.0f} | | | |")
     else:
-        lines.append(f"| the data | | {described['data']['mean_return']:.0f} | |")
+        lines.append(
+            f"| the data, mean of its {described['data']['episodes']} episodes | | {described['data']['mean_return']:.0f} | |"
+        )
     for method, seeds in results.items():
         n_episodes = len(next(iter(seeds.values()))["return"])
         cells = [LABELS[method], f"{len(seeds)} x {n_episodes}", "{:.0f} ± {:.0f}".format(*interval(seeds, "return"))]
