@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sb3_diffrl.bc import DiffusionBC
+    from sb3_diffrl.common import NonFiniteError
     from sb3_diffrl.lql import LQL, NCLQL
     from sb3_diffrl.offline import (
         OfflineAlgorithm,
@@ -28,6 +29,7 @@ _HOMES = {
     "DiffusionBC": "sb3_diffrl.bc",
     "DiffusionPlanner": "sb3_diffrl.planner",
     "ModelFileError": "sb3_diffrl.saving",
+    "NonFiniteError": "sb3_diffrl.common",
     "OfflineAlgorithm": "sb3_diffrl.offline",
     "OfflineDataset": "sb3_diffrl.offline",
     "fill_replay_buffer": "sb3_diffrl.offline",
@@ -43,6 +45,7 @@ __all__ = [
     "DiffusionBC",
     "DiffusionPlanner",
     "ModelFileError",
+    "NonFiniteError",
     "OfflineAlgorithm",
     "OfflineDataset",
     "__version__",
