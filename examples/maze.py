@@ -62,7 +62,7 @@ def main() -> None:
     make_dataset("sb3-diffrl/pointmaze/umaze-v0", quick=True, n_steps=args.data_steps, overwrite=True, progress_bar=False)
 
     print("2. PG learns to plan, then which noise becomes plans of high value")
-    small = {"policy_kwargs": {"d_model": 32, "head_dim": 16, "net_arch": (64, 64)}, "ema_decay": 0.98}
+    small = {"policy_kwargs": {"d_model": 32, "head_dim": 16, "net_arch": (64, 64)}, "ema_decay": 0.98, "horizon": 8}
     settings = {**PRESETS["pointmaze"]["cpu"], **small, "learning_rate": 3e-3, "num_inference_steps": 10}
     model = PG("MlpPolicy", dataset=DATASET, seed=0, device="cpu", **settings)
     model.learn(args.steps, progress_bar=True)

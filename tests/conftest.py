@@ -1,6 +1,8 @@
 """Shared fixtures: tiny networks, one thread."""
 
 import os
+import signal
+import threading
 
 import pytest
 import torch as th
@@ -8,6 +10,9 @@ import torch as th
 # Fixed before any pool of threads starts: tiny networks run fastest on one, and pytest-xdist brings the parallelism.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 th.set_num_threads(1)
+# A shell that runs the tests in the background ignores Ctrl-C, and all that they start would, too.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 ``benchmarks/faults.py long`` does the same a million times.
 """
 
-import ctypes
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,12 +49,6 @@ def test_updates_and_predictions_leave_nothing_behind() -> None:
     memory, files, objects = growth(act)
     assert memory < 3
     assert (files, objects) == (0, 0)
-
-
-def test_what_is_left_behind_outside_of_python_is_noticed() -> None:
-    library = ctypes.CDLL(None)
-    library.malloc.restype = ctypes.c_void_p
-    assert growth(lambda: ctypes.memset(library.malloc(10_000), 1, 10_000))[0] > 8
 
 
 def test_saving_and_loading_leave_no_file_open(tmp_path: Path) -> None:

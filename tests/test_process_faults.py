@@ -23,8 +23,8 @@ def start(*words: object, tmp_path: Path, n: int = 100_000) -> "subprocess.Popen
     """``sb3-diffrl train`` of a tiny agent, with a temporary folder of its own."""
     command = [sys.executable, "-m", "sb3_diffrl", "train", "--algo", "nclql", "--env", "Pendulum-v1", "-n", str(n), "--seed", "0"]
     command += [*ONLINE, "--eval-freq", "-1", *map(str, words)]
-    (tmp_path / "temporary").mkdir(exist_ok=True)
-    env = {**ENV, "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "t").mkdir(exist_ok=True)
+    env = {**ENV, "TMPDIR": str(tmp_path / "t")}
     # A group of its own, as a terminal gives.
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
 
@@ -53,7 +53,7 @@ def test_terminate_saves_and_resume_goes_on(tmp_path: Path) -> None:
     assert NCLQL.load(folder / "Pendulum-v1.zip").num_timesteps == steps + 100
 
 
-def test_signals_that_reach_the_processes_of_the_envs_too(tmp_path: Path) -> None:
+def test_signals_to_envs_too(tmp_path: Path) -> None:
     cases = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
     folders = [tmp_path / str(code) for _, code in cases]
     words = ["--save-freq", 60, "--vec-env", "subproc"]
@@ -74,7 +74,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_process_of_an_env_that_was_killed_is_named(tmp_path: Path) -> None:
+def test_a_killed_env_is_named(tmp_path: Path) -> None:
     process = start("-f", tmp_path, "--save-freq", 60, "--vec-env", "subproc", tmp_path=tmp_path)
     wait_for(tmp_path / "nclql" / "Pendulum-v1_1" / "rl_model_60_steps.zip", process)
     # The env's process is a child of the one that starts such processes.
