@@ -40,7 +40,6 @@ METHODS = ("pg", "pg-sampled", "none", "none-zero", "cg", "cfg", "mcss")
 DETERMINISTIC = ("pg", "none-zero", "bc")
 # Selection among 50 plans at each step costs as much as all else together.
 EPISODES = {"mcss": 20}
-NUM_INFERENCE_STEPS = 20
 
 
 def train(name: str, task: Task, seeds: list[int], models: Path, out: Path) -> None:
@@ -159,7 +158,7 @@ def load_method(
         return DiffusionBC.load(models / f"{name}-bc-s{seed}.zip", device="cpu"), env
     model = PG.load(models / f"{name}-s{seed}.zip", device="cpu")
     model.guidance = method.split("-")[0]
-    model.policy.num_inference_steps = NUM_INFERENCE_STEPS
+    model.policy.num_inference_steps = task.num_inference_steps
     return model, env
 
 

@@ -1,6 +1,6 @@
-"""Langevin chains and whole updates as CUDA graphs: one launch in the place of a thousand.
+"""Langevin chains and whole updates as CUDA graphs: one launch in the place of one for each kernel.
 
-On a GPU a chain is some six hundred small kernels, which take less time to run than to launch. A graph is launched as one.
+A chain is hundreds of small kernels. A graph of them is launched as one.
 """
 
 from collections.abc import Callable, Iterator
