@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch as th
-from planning import MODELS, NUM_INFERENCE_STEPS, RESULTS, load_method, open_task, read, roll_out
+from planning import MODELS, RESULTS, load_method, open_task, read, roll_out
 from planning_tasks import TASKS, prepare
 from provenance import metadata
 
@@ -75,7 +75,7 @@ def main() -> None:
             batch_size=task.settings["batch_size"],
             **settings,
         ).learn(args.steps)
-        model.policy.num_inference_steps = NUM_INFERENCE_STEPS
+        model.policy.num_inference_steps = task.num_inference_steps
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             for acting in ("mean", "sample"):
