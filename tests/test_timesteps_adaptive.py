@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sb3_diffrl.diffusion import DiffusionProcess, MlpDenoiser, make_schedule
 from sb3_diffrl.timesteps import AdaptiveTimestepSampler, TimestepSampler, make_timestep_sampler
-from sb3_diffrl.timesteps.adaptive import BetaPolicy, most_correlated
+from sb3_diffrl.timesteps.adaptive import BetaPolicy, log_norm_of_beta, most_correlated
 
 
 def process(schedule: Any = "linear", n_times: int = 100) -> DiffusionProcess:
@@ -295,9 +296,27 @@ def test_log_density_is_that_of_the_mixture(base: Any) -> None:
         cell = (grid * 100).floor() / 100
         slope = 2 * cell + 0.01
         mass = cell**2 + (grid - cell) * slope
-    density = sampler._log_density(th.tensor([[2.0, 3.0]]).expand(1000, 2), 100 * grid).exp()
+    concentrations = th.tensor([[2.0, 3.0]]).expand(1000, 2)
+    log_norm = th.full((1000,), 12.0).log()
+    density = sampler._log_density(th, concentrations, log_norm, 100 * grid, sampler.cumulative).exp()
     th.testing.assert_close(density, 0.3 + 0.7 * 12 * mass * (1 - mass) ** 2 * slope, rtol=1e-3, atol=1e-3)
     assert float(density.mean()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("uniform_floor", [0.0, 0.3])
+@pytest.mark.parametrize("importance", [0.0, 0.5])
+def test_numpy_and_torch_place_and_weigh_draws_alike(uniform_floor: float, importance: float) -> None:
+    sampler = AdaptiveTimestepSampler(uniform_floor=uniform_floor, importance=importance).setup(process(), (2,))
+    sampler.cumulative.copy_(th.linspace(0, 1, 101).square())
+    generator = rng()
+    concentrations = 0.2 + 5 * th.rand(10_000, 2, generator=generator)
+    mass, u = th.rand(2, 10_000, generator=generator)
+    mass[:2] = th.tensor([0.0, 1.0])
+    tensors = [concentrations, log_norm_of_beta(concentrations), mass, u if uniform_floor else None, sampler.cumulative]
+    by_torch = sampler._place_and_weigh(th, *tensors)
+    by_numpy = sampler._place_and_weigh(np, *(None if x is None else x.numpy() for x in tensors))
+    for a, b in zip(by_torch, by_numpy, strict=True):
+        th.testing.assert_close(a, th.from_numpy(b), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("concentration_range", "start"), [((0.2, 5.0), 1.0), ((0.5, 20.0), 1.0), (None, 0.9741)])

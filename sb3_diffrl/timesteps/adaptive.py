@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch as th
 from torch import nn
 
@@ -16,7 +17,7 @@ from sb3_diffrl.timesteps.distributed import broadcast, mean_over_processes
 from sb3_diffrl.timesteps.samplers import BoundTerms, Draw, TimestepSampler
 from sb3_diffrl.timesteps.weightings import LossWeighting, WeightingName
 
-# Keeps log-densities of draws at the ends of [0, 1] finite
+# Added to the masses on both sides of a draw
 EDGE = 1e-4
 
 
@@ -133,7 +134,6 @@ class AdaptiveTimestepSampler(TimestepSampler):
     reward_moments: th.Tensor
     terms: th.Tensor
     cumulative: th.Tensor
-    log_floor: th.Tensor
     selected: th.Tensor
 
     def __init__(
@@ -230,7 +230,6 @@ class AdaptiveTimestepSampler(TimestepSampler):
         self.register_buffer("terms", th.zeros(len(sweep), device=device))
         # Mass of the base density up to the times of the sweep
         self.register_buffer("cumulative", th.linspace(0, 1, len(sweep) + 1, device=device))
-        self.register_buffer("log_floor", th.tensor(self.uniform_floor, device=device).log(), persistent=False)
         # Columns of the sweep
         self.register_buffer("selected", th.arange(self.n_selected, device=device))
         self._n_steps = self._n_sweeps = 0
@@ -251,36 +250,53 @@ class AdaptiveTimestepSampler(TimestepSampler):
         begin = time.perf_counter()
         concentrations = self.policy.concentrations(x0)
         # (batch, 2): a Beta variable is the first part of a Dirichlet one, which takes a generator
-        position = self._position(th._sample_dirichlet(concentrations, generator)[:, 0].contiguous())
-        n = len(self.cumulative) - 1
-        if self.uniform_floor > 0:
-            # One uniform number says whether the floor draws, and what.
-            u = th.rand(len(x0), device=x0.device, generator=generator)
-            position = th.where(u < self.uniform_floor, u * (n / self.uniform_floor), position)
-        weight = x0.new_ones(len(x0))
-        if self.importance > 0:
-            weight = (-self.importance * self._log_density(concentrations, position)).exp()
+        mass = th._sample_dirichlet(concentrations, generator)[:, 0].contiguous()
+        # One uniform number says whether the floor draws, and what.
+        u = th.rand(len(x0), device=x0.device, generator=generator) if self.uniform_floor > 0 else None
+        if x0.device.type == "cpu":
+            # Dozens of operations on one number a row, whose cost is that of the calls: numpy's are the cheaper ones.
+            log_norm = log_norm_of_beta(concentrations).numpy()
+            draws = mass.numpy(), None if u is None else u.numpy(), self.cumulative.numpy()
+            position, weight = map(th.from_numpy, self._place_and_weigh(np, concentrations.numpy(), log_norm, *draws))
+        else:
+            position, weight = self._place_and_weigh(th, concentrations, log_norm_of_beta(concentrations), mass, u, self.cumulative)
         self._seconds += time.perf_counter() - begin
-        return Draw(self.process.schedule.timesteps_at(position / n), weight, position)
+        return Draw(self.process.schedule.timesteps_at(position / (len(self.cumulative) - 1)), weight, position)
 
-    def _position(self, mass: th.Tensor) -> th.Tensor:
-        """Where in the schedule, in cells of the sweep, the base density has the given mass below, ``(batch,)``."""
-        cell = th.searchsorted(self.cumulative[1:-1], mass, right=True)
-        return cell + (mass - self.cumulative[cell]) / self.cumulative.diff()[cell]
+    def _place_and_weigh(self, xp: Any, concentrations: Any, log_norm: Any, mass: Any, u: Any, cumulative: Any) -> tuple[Any, Any]:
+        """Where the draws are in the schedule, in cells of the sweep, and the weights of their losses; each ``(batch,)``.
 
-    def _log_density(self, concentrations: th.Tensor, position: th.Tensor) -> th.Tensor:
-        """Of the draws, with the uniform share, ``(batch,)``. Concentrations ``(batch, 2)``."""
-        n = len(self.cumulative) - 1
-        cell = position.long().clamp_(max=n - 1)
-        base = self.cumulative.diff()[cell]
-        mass = th.addcmul(self.cumulative[cell], position - cell, base)
-        # (batch, 2)
-        parts = th.stack([mass, 1 - mass], dim=1).clamp_(min=EDGE)
-        log_beta = ((concentrations - 1) * parts.log_() - concentrations.lgamma()).sum(1) + concentrations.sum(1).lgamma()
-        log_density = log_beta + (n * base).log_()
+        :param xp: ``torch`` or ``numpy``, whose arrays the others are
+        :param concentrations: of the Beta, ``(batch, 2)``
+        :param log_norm: of its density, ``(batch,)``
+        :param mass: mass of the base density below each draw of the Beta, ``(batch,)``
+        :param u: uniform numbers, ``(batch,)``; ``None`` without a uniform share
+        :param cumulative: mass of the base density up to the times of the sweep, ``(n_sweep + 1,)``
+        """
+        n = len(cumulative) - 1
+        cell = xp.searchsorted(cumulative[1:-1], mass, side="right")
+        below = cumulative[cell]
+        position = xp.asarray(cell, dtype=mass.dtype) + (mass - below) / (cumulative[cell + 1] - below)
+        if u is not None:
+            position = xp.where(u < self.uniform_floor, u * (n / self.uniform_floor), position)
+        position = position.clip(0, n * (1 - 2**-20))  # rounding may have taken it to n
+        if self.importance == 0:
+            return position, xp.ones_like(position)
+        return position, xp.exp(-self.importance * self._log_density(xp, concentrations, log_norm, position, cumulative))
+
+    def _log_density(self, xp: Any, concentrations: Any, log_norm: Any, position: Any, cumulative: Any) -> Any:
+        """Of draws, with the uniform share, ``(batch,)``; arguments as in ``_place_and_weigh``."""
+        n = len(cumulative) - 1
+        cell = xp.asarray(position, dtype=xp.int64)
+        below = cumulative[cell]
+        base = cumulative[cell + 1] - below
+        mass = below + (position - xp.floor(position)) * base
+        # EDGE keeps draws at the ends finite
+        log_beta = (concentrations[:, 0] - 1) * xp.log(mass + EDGE) + (concentrations[:, 1] - 1) * xp.log(1 + EDGE - mass)
+        log_density = log_beta + log_norm + xp.log(n * base)
         if self.uniform_floor == 0:
             return log_density
-        return th.logaddexp(log_density + math.log1p(-self.uniform_floor), self.log_floor)
+        return xp.log((1 - self.uniform_floor) * xp.exp(log_density) + self.uniform_floor)
 
     # ------------------------------------------------------------------ learning
 
@@ -351,11 +367,12 @@ class AdaptiveTimestepSampler(TimestepSampler):
         if self.normalize_reward:
             advantage = advantage / std.clamp(min=1e-12)
         concentrations = th.stack([beta.concentration1, beta.concentration0], dim=1)
-        loss = -(self._log_density(concentrations, position) * advantage).mean()
+        log_density = self._log_density(th, concentrations, log_norm_of_beta(concentrations), position, self.cumulative)
+        loss = -(log_density * advantage).mean()
         if self.entropy == "bonus":
             loss = loss - self.ent_coef * entropy.mean()
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._average_gradients()
         nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.optimizer.step()
@@ -423,6 +440,11 @@ class AdaptiveTimestepSampler(TimestepSampler):
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self._n_steps, self._n_sweeps = state["n_steps"], state["n_sweeps"]
+
+
+def log_norm_of_beta(concentrations: th.Tensor) -> th.Tensor:
+    """Logarithm of what a Beta's density is multiplied by to integrate to 1; concentrations ``(batch, 2)``, result ``(batch,)``."""
+    return concentrations.sum(1).lgamma() - concentrations.lgamma().sum(1)
 
 
 def _check_choice(name: str, value: str | None, *choices: str | None) -> None:
