@@ -100,7 +100,7 @@ def train_clone(name: str, task: Task, seeds: list[int], models: Path) -> None:
 
 
 def roll_out(model: Any, env: gym.vector.VectorEnv, n_steps: int, seed: int, deterministic: bool) -> dict[str, np.ndarray]:
-    """One episode in each of the environments, which all last ``n_steps`` steps, planned for together.
+    """One episode of at most ``n_steps`` steps in each of the environments, planned for together.
 
     :return: columns of the CSV, each ``(n_envs,)``
     """
@@ -108,11 +108,14 @@ def roll_out(model: Any, env: gym.vector.VectorEnv, n_steps: int, seed: int, det
     th.manual_seed(seed)
     values = model.value(model.plan(observations, deterministic)) if hasattr(model, "plan") else np.full(env.num_envs, np.nan)
     returns, first = np.zeros(env.num_envs), np.full(env.num_envs, n_steps)
+    alive = np.ones(env.num_envs, bool)
     for step in range(n_steps):
         observations, rewards, terminations, _, _ = env.step(model.predict(observations, deterministic=deterministic)[0])
-        assert not terminations.any(), "episodes of different lengths"
-        returns += rewards
+        returns += np.where(alive, rewards, 0.0)
         first = np.where((rewards > 0) & (first == n_steps), step, first)
+        alive &= ~terminations
+        if not alive.any():
+            break
     return {"return": returns, "latched": n_steps - first, "success": (first < n_steps).astype(int), "plan_value": values}
 
 

@@ -22,7 +22,7 @@ from scipy import stats
 SOURCE = RESULTS / "planning"
 # The time limits of the mazes.
 EPISODE_STEPS = {"umaze": 300, "medium": 600}
-LOCOMOTION = ("halfcheetah-medium", "halfcheetah-medium-replay")
+LOCOMOTION = ("halfcheetah-medium", "halfcheetah-medium-replay", "hopper-medium", "hopper-medium-replay")
 LABELS = {
     "controller": "controller, no noise",
     "bc": "DiffusionBC, deterministic",
