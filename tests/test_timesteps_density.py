@@ -36,15 +36,17 @@ def with_errors(sampler: AdaptiveTimestepSampler, error: th.Tensor, n_updates: i
             pass
 
 
-@pytest.mark.parametrize("powers", [(0.5, 0.5), (0.0, 1.0), (0.25, 0.75)])
-@pytest.mark.parametrize("schedule", ["linear", "vp"])
+@pytest.mark.parametrize("powers", [(0.5, 0.5), (0.0, 1.0), (0.25, 0.75), (1.0, 1.0)])
+@pytest.mark.parametrize("schedule", ["linear", "vp", "squaredcos_cap_v2"])
 def test_without_a_reward_times_are_drawn_from_the_swept_density(schedule: Any, powers: tuple[float, float]) -> None:
     sampler = AdaptiveTimestepSampler(update_frequency=1, sweep_size=50, sweep_powers=powers, uniform_floor=0.2)
     th.manual_seed(0)
     sampler.setup(process(schedule), (3,))
     error = (1 + th.arange(50.0)) ** -0.5
     with_errors(sampler, error, 100)
-    density = sampler.process.schedule.bound_coefficients(sampler.sweep_timesteps).weight ** powers[0] * error ** powers[1]
+    every_time = sampler.process.schedule.timesteps_at((th.arange(5000) + 0.5) / 5000)
+    weight = sampler.process.schedule.bound_coefficients(every_time).weight.view(50, 100).mean(1)
+    density = weight ** powers[0] * error ** powers[1]
     expected = 0.8 * density / density.sum() + 0.2 / 50
     t = sampler.sample(th.zeros(50_000, 3), rng(1)).t
     edges = sampler.process.schedule.timesteps_at(th.arange(1, 50) / 50)

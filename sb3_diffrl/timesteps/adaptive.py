@@ -19,6 +19,8 @@ from sb3_diffrl.timesteps.weightings import LossWeighting, WeightingName
 
 # Added to the masses on both sides of a draw
 EDGE = 1e-4
+# Times in a cell of the sweep at which the bound's weight is read, in continuous time
+CELL_POINTS = 16
 
 
 class BetaPolicy(nn.Module):
@@ -117,7 +119,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         reward, as published
     :param ent_coef: its coefficient
     :param base: what the Beta's [0, 1] is: the schedule (``"uniform"``), or the mass of the swept density (``"sweep"``)
-    :param sweep_powers: powers p of the bound's weight and q of the denoising error in the swept density
+    :param sweep_powers: powers p of the bound's weight and q of the denoising error in the swept density. With (1, 1) and no
+        ``importance`` times are drawn in proportion to the bound's terms, for schedules that have most of the bound in a few times
     :param max_grad_norm: largest norm of the policy's gradient
     :param concentration_range: bounds of the Beta's concentrations, ``None`` for none
     :param uniform_floor: share of uniform draws
@@ -131,6 +134,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     queue: th.Tensor
     sweep_timesteps: th.Tensor
+    cell_weights: th.Tensor
     reward_moments: th.Tensor
     terms: th.Tensor
     cumulative: th.Tensor
@@ -223,6 +227,12 @@ class AdaptiveTimestepSampler(TimestepSampler):
         sweep = self._sweep_timesteps(process).to(device)
         self.n_selected = min(self.n_selected, len(sweep))
         self.register_buffer("sweep_timesteps", sweep, persistent=False)
+        # The bound's weight, its mean over the times for which each time of the sweep stands
+        every = math.ceil((process.schedule.num_train_timesteps or CELL_POINTS * len(sweep)) / len(sweep))
+        inside = (th.arange(every * len(sweep), device=device) + 0.5) / (every * len(sweep))
+        weights = process.schedule.bound_coefficients(process.schedule.timesteps_at(inside)).weight
+        # (n_sweep * every,) -> (n_sweep,)
+        self.register_buffer("cell_weights", weights.view(len(sweep), every).mean(1), persistent=False)
         self.register_buffer("queue", th.zeros(self.queue_size, len(sweep), device=device))
         # Decayed weight, sum and sum of squares of the rewards
         self.register_buffer("reward_moments", th.zeros(3, device=device))
@@ -386,7 +396,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         """``w^p e^q`` at the times of the sweep, ``(n_sweep,)``, with a share of errors of 1; its sum is about 1."""
         weight = self.process.schedule.bound_coefficients(self.sweep_timesteps).weight / math.log(2)
         error = self.terms / weight + share_of_ones
-        p = weight.pow(self.sweep_powers[0]) * error.pow(self.sweep_powers[1])
+        p = self.cell_weights.pow(self.sweep_powers[0]) * error.pow(self.sweep_powers[1])
         # A little everywhere: a perfect model leaves nothing else.
         return p / p.sum().clamp(min=1e-30) + 1e-4 / len(p)
 
