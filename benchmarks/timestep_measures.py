@@ -2,17 +2,21 @@
 
     python benchmarks/timestep_measures.py overhead
     python benchmarks/timestep_measures.py variance
+    python benchmarks/timestep_measures.py terms
 
 `overhead` trains one model for each sampler in turn, 40 steps at a time, so that all see the same machine, and compares the
 process's own seconds (`time.process_time`), on one thread; T = 1000, minibatches of 128, the default network of `MlpDenoiser`. It
 also counts the floating-point operations of those 40 steps, which no other program disturbs.
 `variance` trains a model with uniform timesteps and looks at 64 rows' losses and gradients at 50 timesteps every so often: the norm
-of the mean gradient, and the root of the gradients' total variance. Both write to `results/timesteps/`.
+of the mean gradient, and the root of the gradients' total variance. `terms` trains with uniform timesteps for 1000 steps, at the
+sizes of the robustness runs, and says where in the schedule the held-out bound is. All write to `results/timesteps/`.
 """
 
 import argparse
 import csv
+import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,7 +25,7 @@ from typing import Any
 
 import torch as th
 from provenance import metadata
-from timesteps import N_TIMES, RESULTS, Task, load_data, make_network, make_sampler
+from timesteps import N_TIMES, RESULTS, SCHEDULES, Fleet, HeldOutBound, Run, Task, load_data, make_network, make_sampler
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,13 +109,30 @@ def variance() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, {}
 
 
+def terms() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    rows = []
+    for name, schedule in itertools.product(("maze", "digits"), SCHEDULES):
+        task = Task(name, "mlp", schedule, batch=32, width=64)
+        data = load_data(task)
+        fleet = Fleet([Run("uniform", make_sampler("uniform", None), 1000)], task, data)
+        for _ in range(1000):
+            fleet.step()
+        offset = fleet.process.schedule.bound_coefficients(th.arange(N_TIMES)).offset.double() / math.log(2)
+        # What a perfect denoiser would have less, whatever the time
+        excess = HeldOutBound(fleet.process, data.held_out).per_time(fleet.denoiser(0, True)) - offset
+        for first, end in ((0, 1), (1, 10), (10, 100), (100, 900), (900, 990), (990, 999), (999, 1000)):
+            share = float(excess[first:end].sum() / excess.sum())
+            rows.append({"data": name, "schedule": schedule, "first": first, "end": end, "share": f"{share:.4f}"})
+    return rows, {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["overhead", "variance"])
+    parser.add_argument("command", choices=["overhead", "variance", "terms"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     th.set_num_threads(1)
-    rows, results = overhead() if args.command == "overhead" else variance()
+    rows, results = {"overhead": overhead, "variance": variance, "terms": terms}[args.command]()
     args.results.mkdir(parents=True, exist_ok=True)
     with (args.results / f"{args.command}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
