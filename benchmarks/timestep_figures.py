@@ -206,7 +206,7 @@ def terms_table() -> str:
     ]
     lines += [
         "",
-        "Share of the held-out bound, less what a perfect denoiser has, by times of 1000; after 1000 steps at uniform times.",
+        "Share of the held-out bound, less a perfect denoiser's, by times of 1000; after 1000 steps at uniform times.",
     ]
     return "\n".join(lines) + "\n"
 
