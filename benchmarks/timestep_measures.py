@@ -5,14 +5,16 @@
     python benchmarks/timestep_measures.py terms
 
 `overhead` trains one model for each sampler in turn, 40 steps at a time, so that all see the same machine, and compares the
-process's own seconds (`time.process_time`), on one thread; T = 1000, minibatches of 128, the default network of `MlpDenoiser`. It
-also counts the floating-point operations of those 40 steps, which no other program disturbs.
+process's own seconds (`time.process_time`), on one thread; T = 1000, for the default network of `MlpDenoiser` on digits and for the
+planner's network of the `cpu` preset on windows of a maze. It also counts the floating-point operations of those 40 steps, which
+no other program disturbs.
 `variance` trains a model with uniform timesteps and looks at 64 rows' losses and gradients at 50 timesteps every so often: the norm
 of the mean gradient, and the root of the gradients' total variance. `terms` trains with uniform timesteps for 1000 steps, at the
 sizes of the robustness runs, and says where in the schedule the held-out bound is. All write to `results/timesteps/`.
 """
 
 import argparse
+import copy
 import csv
 import itertools
 import json
@@ -29,7 +31,8 @@ from timesteps import N_TIMES, RESULTS, SCHEDULES, Fleet, HeldOutBound, Run, Tas
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sb3_diffrl.diffusion import DiffusionProcess, MlpDenoiser, make_schedule
+from sb3_diffrl.diffusion import DiffusionProcess, DiT1d, MlpDenoiser, make_schedule
+from sb3_diffrl.planner import PRESETS
 from sb3_diffrl.timesteps import TimestepSampler, timestep_statistics
 
 TIMED: dict[str, dict[str, Any] | None] = {
@@ -38,7 +41,7 @@ TIMED: dict[str, dict[str, Any] | None] = {
     "adaptive": None,
     "published": None,
 }
-BATCH, BLOCK, N_BLOCKS, WARM_UP = 128, 40, 14, 40
+BLOCK, N_BLOCKS, WARM_UP = 40, 14, 40
 
 
 class Loop:
@@ -69,9 +72,31 @@ class Loop:
                 self.optimizer.step()
 
 
+def networks() -> dict[str, tuple[nn.Module, th.Tensor, int]]:
+    """What the overhead is measured on: network, data, minibatch."""
+    preset = PRESETS["pointmaze"]["cpu"]
+    sizes = preset["policy_kwargs"]
+    windows = load_data(Task("maze", "dit")).train
+    # (n, 8, dim) -> (n, horizon, dim): the sizes matter, not what is in there
+    plans = windows.repeat(1, 2, 1)[:, : preset["horizon"]]
+    transformer = DiT1d(plans.shape[2], plans.shape[1], d_model=sizes["d_model"], head_dim=sizes["head_dim"])
+    return {
+        "perceptron": (MlpDenoiser(64, 0), load_data(Task()).train, 128),
+        "planner": (transformer, plans, preset["batch_size"]),
+    }
+
+
 def overhead() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    x = load_data(Task()).train
-    loops = {name: Loop(MlpDenoiser(64, 0), x, make_sampler(name, settings), BATCH) for name, settings in TIMED.items()}
+    rows: list[dict[str, Any]] = []
+    results = {}
+    for network, (module, x, batch) in networks().items():
+        timed, results[network] = time_samplers(module, x, batch)
+        rows += [{"network": network, **row} for row in timed]
+    return rows, results
+
+
+def time_samplers(network: nn.Module, x: th.Tensor, batch: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    loops = {name: Loop(copy.deepcopy(network), x, make_sampler(name, settings), batch) for name, settings in TIMED.items()}
     for loop in loops.values():
         loop.steps(WARM_UP)
     operations = {}
@@ -138,7 +163,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    description = metadata({"batch": BATCH, "num_train_timesteps": N_TIMES}, " ".join(["python", *sys.argv]))
+    description = metadata({"num_train_timesteps": N_TIMES}, " ".join(["python", *sys.argv]))
     (args.results / f"{args.command}.json").write_text(json.dumps(description | {"results": results}, indent=1) + "\n")
 
 
