@@ -94,13 +94,12 @@ def action(model: BaseAlgorithm, deterministic: bool, observation: np.ndarray) -
 
 
 def runs(cache: Path) -> None:
-    for folder in sorted(path.parent for path in cache.glob(f"*/{EXPERT}") if "quick" not in path.parent.name):
+    for folder in sorted(path.parent for path in cache.glob(f"*/{MEDIUM}") if "quick" not in path.parent.name):
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{folder.name}.csv").write_text((folder / CURVE).read_text())
         plan = json.loads((folder / "plan.json").read_text())
-        described = metadata(
-            plan, f"sb3-diffrl dataset make sb3-diffrl/{folder.name.split('-s')[0]}/expert-v0 --seed {plan['seed']}"
-        )
+        name, tier = folder.name.split("-s")[0], "expert" if (folder / EXPERT).exists() else "medium"
+        described = metadata(plan, f"sb3-diffrl dataset make sb3-diffrl/{name}/{tier}-v0 --seed {plan['seed']}")
         (RESULTS / f"{folder.name}.json").write_text(json.dumps(described, indent=2) + "\n")
         print(folder.name)
 
