@@ -222,6 +222,13 @@ def test_models_and_buffers_of_every_space_come_back(space: spaces.Space[Any], t
     model.save_replay_buffer(tmp_path / "buffer")
     loaded = NCLQL.load(tmp_path / "model", env=model.get_env(), device="cpu", force_reset=False)
     loaded.load_replay_buffer(tmp_path / "buffer")
+    for name, weights in model.policy.state_dict().items():
+        assert th.equal(weights, loaded.policy.state_dict()[name])
+    assert model.replay_buffer is not None
+    assert loaded.replay_buffer is not None
+    assert loaded.replay_buffer.size() == 10
+    np.testing.assert_equal(loaded.replay_buffer.observations, model.replay_buffer.observations)
+    np.testing.assert_array_equal(loaded.replay_buffer.actions, model.replay_buffer.actions)
     loaded.learn(5, reset_num_timesteps=False)
 
 

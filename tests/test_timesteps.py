@@ -20,6 +20,8 @@ from sb3_diffrl.timesteps import (
     make_timestep_sampler,
 )
 
+from .timestep_tools import rng
+
 NAMES = ("uniform", "logit_normal", "lognormal", "loss_second_moment", "min_snr", "p2", "speed", "adaptive", "adaptive+min_snr")
 N = 20_000
 
@@ -30,10 +32,6 @@ def process(schedule: Any = "linear", n_times: int = 1000, prediction_type: Any 
 
 def no_bound(rows: th.Tensor, t: th.Tensor, noise: th.Tensor) -> th.Tensor:
     raise AssertionError("this sampler does not look at the bound")
-
-
-def rng(seed: int = 0) -> th.Generator:
-    return th.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,17 +12,11 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from sb3_diffrl.diffusion import DiffusionProcess, MlpDenoiser, make_schedule
+from sb3_diffrl.diffusion import MlpDenoiser
 from sb3_diffrl.timesteps import AdaptiveTimestepSampler, TimestepSampler, make_timestep_sampler
 from sb3_diffrl.timesteps.adaptive import BetaPolicy, most_correlated
 
-
-def process(schedule: Any = "linear", n_times: int = 100) -> DiffusionProcess:
-    return DiffusionProcess(make_schedule(schedule, n_times))
-
-
-def rng(seed: int = 0) -> th.Generator:
-    return th.Generator().manual_seed(seed)
+from .timestep_tools import process, rng
 
 
 class Training:

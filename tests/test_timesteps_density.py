@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_diffrl.diffusion import DiffusionProcess, make_schedule
 from sb3_diffrl.timesteps import AdaptiveTimestepSampler
 from sb3_diffrl.timesteps.adaptive import log_norm_of_beta
 
-
-def process(schedule: Any = "linear", n_times: int = 100) -> DiffusionProcess:
-    return DiffusionProcess(make_schedule(schedule, n_times))
-
-
-def rng(seed: int = 0) -> th.Generator:
-    return th.Generator().manual_seed(seed)
+from .timestep_tools import process, rng
 
 
 def with_errors(sampler: AdaptiveTimestepSampler, error: th.Tensor, n_updates: int) -> None:
