@@ -254,6 +254,16 @@ def test_a_planner_on_disk_is_taken_over(tmp_path: Path) -> None:
     assert_same(weights(planner, of_prior=False), weights(model, of_prior=False))
 
 
+def test_the_planner_of_a_pg_on_disk_is_taken_over_without_its_prior(tmp_path: Path) -> None:
+    dataset = make_dataset(lengths=(20, 30))
+    trained = make_pg(dataset).learn(20)
+    trained.save(tmp_path / "pg")
+    model = PG("MlpPolicy", dataset=dataset, planner=tmp_path / "pg", device="cpu", seed=0, batch_size=16)
+    assert_same(weights(trained, of_prior=False), weights(model, of_prior=False))
+    untrained = PG("MlpPolicy", dataset=dataset, planner=trained, device="cpu", seed=0, batch_size=16)
+    assert_same(weights(untrained, of_prior=True), weights(model, of_prior=True))
+
+
 # ---------------------------------------------------------------------- bad input
 
 

@@ -20,6 +20,7 @@ from sb3_diffrl.planner.data import Pad
 from sb3_diffrl.planner.diffusion_planner import DiffusionPlanner
 from sb3_diffrl.planner.guidance import GuidanceName, TrainedGuidance
 from sb3_diffrl.planner.policies import CriticName
+from sb3_diffrl.saving.archive import saved_class
 from sb3_diffrl.timesteps.samplers import TimestepSampler
 
 SelfPG = TypeVar("SelfPG", bound="PG")
@@ -58,8 +59,8 @@ class PG(DiffusionPlanner):
     :param policy: ``"MlpPolicy"`` or a subclass of ``PGPolicy``
     :param dataset: by default the given planner's
     :param guidance: ``"pg"``; a trained model takes others, see ``DiffusionPlanner``
-    :param planner: trained planner, or a path it was saved at: its weights and settings are taken over, and ``learn()`` trains the
-        prior alone. How it samples may be given anew.
+    :param planner: trained planner (or ``PG``, for its planner), or a path it was saved at: its weights and settings are taken
+        over, and ``learn()`` trains the prior alone. How it samples may be given anew.
     :param planner_fraction: share of ``learn()``'s gradient steps that train the planner, unless one is given
     :param alpha: weight of the KL divergence of the latent's law from N(0, I)
     :param kl_reduction: ``"sum"`` over the entries of the latent, as a KL divergence is, or ``"mean"`` over its steps: alpha is
@@ -170,7 +171,7 @@ class PG(DiffusionPlanner):
             _init_setup_model=False,
         )
         if isinstance(planner, (str, Path)):
-            planner = DiffusionPlanner.load(planner, device=self.device)
+            planner = (PG if saved_class(planner) == "PG" else DiffusionPlanner).load(planner, device=self.device)
         if planner is not None:
             self._take_settings(planner)
             dataset = planner.dataset if dataset is None else dataset

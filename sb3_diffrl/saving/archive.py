@@ -5,9 +5,11 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch as th
+from stable_baselines3.common.save_util import open_path
 
 from sb3_diffrl.saving.versions import versions
 
@@ -116,25 +118,46 @@ def read_archive(file: BinaryIO, what: str) -> Archive:
     :raises ModelFileError: if it is damaged, or was not saved by this package
     """
     archive = read_zip(file, what)
-    names = archive.namelist()
-    if ENTRY not in names:
-        raise ModelFileError(
-            f"{what} has no entry {ENTRY}: it was not saved by a release of sb3_diffrl. If you know where it comes from, load it "
-            "with `trusted=True`, which runs what it holds."
-        )
+    header, names = read_document(_entry(archive, what), what), archive.namelist()
     try:
-        header = read_document(archive.read(ENTRY), what)
         weights = {name: archive.read(name) for name in names if WEIGHTS.fullmatch(name)}
         system_info = archive.read("system_info.txt").decode() if "system_info.txt" in names else ""
-    except ModelFileError:
-        raise
     except Exception as error:
-        raise ModelFileError(f"{what} is damaged: {str(error)[:200] or type(error).__name__}.") from error
+        raise _damaged(what, error) from error
     for name, content in weights.items():
         check_weights(content, f"{name} in {what}")
     for name in VARIABLES & weights.keys():
         _check_empty(weights.pop(name), f"{name} in {what}")
     return Archive(header.attributes, header.versions, weights, system_info, header.made_by)
+
+
+def saved_class(path: str | Path) -> str:
+    """Name of the algorithm's class that a file was saved by, empty where the file does not say.
+
+    :param path: file of a saved model, with or without its suffix
+    :raises ModelFileError: if it is damaged, or was not saved by this package
+    :raises FileNotFoundError: if there is none
+    """
+    what = f"The file {path}"
+    with open_path(path, "r", suffix="zip") as file:
+        archive = read_zip(file, what)
+        return read_document(_entry(archive, what), what).made_by
+
+
+def _entry(archive: zipfile.ZipFile, what: str) -> bytes:
+    if ENTRY not in archive.namelist():
+        raise ModelFileError(
+            f"{what} has no entry {ENTRY}: it was not saved by a release of sb3_diffrl. If you know where it comes from, load it "
+            "with `trusted=True`, which runs what it holds."
+        )
+    try:
+        return archive.read(ENTRY)
+    except Exception as error:
+        raise _damaged(what, error) from error
+
+
+def _damaged(what: str, error: Exception) -> ModelFileError:
+    return ModelFileError(f"{what} is damaged: {str(error)[:200] or type(error).__name__}.")
 
 
 def _check_empty(content: bytes, what: str) -> None:
