@@ -57,9 +57,9 @@ TASKS = {
     "umaze-sample": Task(_UMAZE, True, {**_NEAR, **_PLAN}, 4_000, 2_000, 10),
     "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000),
     "halfcheetah-medium-replay": Task("sb3-diffrl/halfcheetah/medium-replay-v0", False, _RUN, 4_000, 2_000),
-    # Number of steps tried on seed 100
-    "hopper-medium-replay": Task("sb3-diffrl/hopper/medium-replay-v0", False, _RUN, 16_000, 3_000),
-    "hopper-medium": Task("sb3-diffrl/hopper/medium-v0", False, _RUN, 16_000, 3_000),
+    # Number of steps and alpha tried on seed 100
+    "hopper-medium-replay": Task("sb3-diffrl/hopper/medium-replay-v0", False, {**_RUN, "alpha": 0.1}, 16_000, 3_000),
+    "hopper-medium": Task("sb3-diffrl/hopper/medium-v0", False, {**_RUN, "alpha": 0.1}, 16_000, 3_000),
 }
 
 
