@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -18,3 +19,9 @@ if threading.current_thread() is threading.main_thread():
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     th.manual_seed(0)
+
+
+@pytest.fixture
+def datasets_in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Minari's datasets of a test are its own."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))

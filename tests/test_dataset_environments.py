@@ -14,10 +14,7 @@ from sb3_diffrl.offline.writing import DatasetWriter
 
 from .minari_data import ACTION_SPACE, OBS_SPACE, write_episodes
 
-
-@pytest.fixture(autouse=True)
-def _datasets_in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+pytestmark = pytest.mark.usefixtures("datasets_in_tmp_path")
 
 
 def test_the_environment_is_rebuilt_for_evaluation() -> None:

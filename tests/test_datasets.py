@@ -24,6 +24,8 @@ from sb3_diffrl.offline.writing import DataFormat, DatasetWriter
 from .envs import RandomEnv
 from .minari_data import ACTION_SPACE, OBS_SPACE, Tape, hdf5_file, opened, write_episodes
 
+pytestmark = pytest.mark.usefixtures("datasets_in_tmp_path")
+
 FORMATS: list[DataFormat] = ["hdf5", "arrow"]
 GOAL = spaces.Dict(
     {
@@ -39,11 +41,6 @@ SPACES: dict[str, spaces.Space[Any]] = {
     "dict": spaces.Dict({"z": spaces.Box(0, 1, (2,)), "a": spaces.Discrete(3), "many": spaces.MultiBinary(4)}),
     "tuple": spaces.Tuple([spaces.MultiDiscrete([2, 3]), spaces.Dict({"x": spaces.Box(-1, 1, ()), "y": spaces.Discrete(2)})]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _datasets_in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
 
 
 class RandomLengths(RandomEnv):

@@ -1,6 +1,5 @@
 """Normalised scores: the scale, where its two ends come from, and what is said where there are none."""
 
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,12 +14,9 @@ from sb3_diffrl.offline.recording import record_dataset
 
 from .minari_data import write_episodes
 
+pytestmark = pytest.mark.usefixtures("datasets_in_tmp_path")
+
 SCALE = {"random": {"mean_return": -1000.0}, "expert": {"mean_return": -200.0}}
-
-
-@pytest.fixture(autouse=True)
-def _datasets_in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Replay buffers filled from datasets: the same contents as if the model had collected the episodes itself."""
 
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -21,12 +20,7 @@ from .envs import RandomEnv
 from .minari_data import Tape, opened, write_episodes
 
 ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be rebuilt")
-
-
-@pytest.fixture(autouse=True)
-def _datasets_in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "datasets"))
+pytestmark = [pytest.mark.usefixtures("datasets_in_tmp_path"), pytest.mark.filterwarnings("ignore:.*cannot be rebuilt")]
 
 
 def tiny(**kwargs: Any) -> dict[str, Any]:
