@@ -118,6 +118,20 @@ def denoised_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def samplers_table() -> str:
+    """Markdown table of the planner's timestep samplers, on umaze: mean value of the first plans, and mean return."""
+    methods = ("none", "pg", "pg-sampled")
+    head = ["timesteps", "seeds"] + [f"{LABELS[method]}: {column}" for method in methods for column in ("plan's value", "return")]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for sampler, task in {"uniform": "umaze-states", "adaptive": "umaze-adaptive"}.items():
+        results = load(task)
+        cells = [sampler, ", ".join(map(str, results["pg"]))]
+        for method in methods:
+            cells += ["{:.1f} ± {:.1f}".format(*interval(results[method], column)) for column in ("plan_value", "return")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw_maze(axes: Any, maze_map: list[list[Any]]) -> None:
     """Walls, in the coordinates of PointMaze."""
     height, width = len(maze_map), len(maze_map[0])
@@ -174,6 +188,8 @@ def main() -> None:
         (TABLES / f"planning-{task}.md").write_text(table(task, results))
         value_figure(results, FIGURES / f"planning-{task}-value.png")
     (TABLES / "planning-denoised.md").write_text(denoised_table())
+    if list(SOURCE.glob("umaze-adaptive-s[0-9]-pg.csv")):
+        (TABLES / "planning-samplers.md").write_text(samplers_table())
     for path in sorted(SOURCE.glob("*-paths.json")):
         paths_figure(path, FIGURES / f"planning-{path.stem}.png")
 

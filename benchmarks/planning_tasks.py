@@ -55,6 +55,8 @@ TASKS = {
     "umaze-displacements": Task(_UMAZE, True, {**_NEAR, **_RELATIVE, **_PLAN}, 4_000, 2_000, 10),
     "umaze-displacements-epsilon": Task(_UMAZE, True, {**_NEAR, **_RELATIVE}, 4_000, 2_000, 10),
     "umaze-sample": Task(_UMAZE, True, {**_NEAR, **_PLAN}, 4_000, 2_000, 10),
+    # As umaze-states, with learned timesteps
+    "umaze-adaptive": Task(_UMAZE, True, {**_NEAR, "timestep_sampler": "adaptive"}, 4_000, 2_000, 10),
     "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000),
     "halfcheetah-medium-replay": Task("sb3-diffrl/halfcheetah/medium-replay-v0", False, _RUN, 4_000, 2_000),
     # Number of steps and alpha tried on seed 100
