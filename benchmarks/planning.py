@@ -3,6 +3,7 @@
     python benchmarks/planning.py run --task umaze --seeds 0 1 2      (train and evaluate, seed by seed)
     python benchmarks/planning.py time --task umaze      (milliseconds per env step)
     python benchmarks/planning.py paths --task umaze     (plans and executed paths, to be drawn)
+    python benchmarks/planning.py plans --task umaze --seeds 0 1 2     (whether plans go through walls, and come by the goal)
 
 The dataset must be on disk (`sb3-diffrl dataset make sb3-diffrl/pointmaze/umaze-v0`). What is there already is left as it
 is, so a command that was stopped goes on when it is repeated. Models go to ``models/planning/``; ``results/planning/<task>-s<seed>-
@@ -221,9 +222,36 @@ def record_paths(name: str, task: Task, seed: int, args: argparse.Namespace) -> 
     (args.out / f"{name}-paths.json").write_text(json.dumps(described) + "\n")
 
 
+def examine_plans(name: str, task: Task, seeds: list[int], args: argparse.Namespace) -> None:
+    """Shares of the first plans of a maze that have a state in a wall, and that come by the goal."""
+    dataset = open_task(task)
+    maze = dataset.recover_environment(eval_env=True).unwrapped.maze
+    walls, goals = (np.array(maze.maze_map, dtype=str) == cell for cell in ("1", "g"))
+    (goal,) = np.argwhere(goals)
+    for seed in seeds:
+        command = f"python benchmarks/planning.py plans --task {name} --seeds {seed}"
+        described = metadata({"task": task._asdict(), "seed": seed}, f"{command} --starts {args.starts}")
+        described["results"] = {}
+        for method in METHODS:
+            model, env = load_method(name, task, seed, method, dataset, args.starts, args.models)
+            observations, _ = env.reset(seed=[88_000 + i for i in range(args.starts)])  # type: ignore[arg-type]
+            th.manual_seed(seed)
+            plans = model.plan(observations, method in DETERMINISTIC)
+            # (starts, horizon, obs_dim) -> rows and columns of the maze, (starts, horizon)
+            rows = ((maze.y_map_center - plans[:, :, 1]) / maze.maze_size_scaling).astype(int).clip(0, walls.shape[0] - 1)
+            columns = ((plans[:, :, 0] + maze.x_map_center) / maze.maze_size_scaling).astype(int).clip(0, walls.shape[1] - 1)
+            described["results"][method] = {
+                "with_a_state_in_a_wall": float(walls[rows, columns].any(axis=1).mean()),
+                "by_the_goal": float(((rows == goal[0]) & (columns == goal[1])).any(axis=1).mean()),
+                "value": float(np.mean(model.value(plans))),
+            }
+        (args.out / f"{name}-s{seed}-plans.json").write_text(json.dumps(described, indent=2) + "\n")
+        print(name, seed, described["results"], flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "train", "evaluate", "time", "paths"])
+    parser.add_argument("command", choices=["run", "train", "evaluate", "time", "paths", "plans"])
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--episodes", type=int, default=100)
@@ -243,6 +271,9 @@ def main() -> None:
         return
     if args.command == "paths":
         record_paths(args.task, task, args.seeds[0], args)
+        return
+    if args.command == "plans":
+        examine_plans(args.task, task, args.seeds, args)
         return
     for seed in args.seeds:
         if args.command != "evaluate":
