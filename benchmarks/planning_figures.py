@@ -132,6 +132,21 @@ def samplers_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def plans_table() -> str:
+    """Markdown table of whether first plans go through walls, and come by the goal."""
+    lines = ["| maze, seed | plans | a state in a wall | by the goal |", "|---|---|---|---|"]
+    for path in sorted(SOURCE.glob("*-plans.json")):
+        described = json.loads(path.read_text())
+        maze = path.stem.rsplit("-s", 1)[0]
+        for method in LABELS:
+            if method in described["results"]:
+                entry = described["results"][method]
+                cells = [f"{maze}, {described['arguments']['seed']}", LABELS[method]]
+                cells += [f"{entry[name]:.0%}" for name in ("with_a_state_in_a_wall", "by_the_goal")]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw_maze(axes: Any, maze_map: list[list[Any]]) -> None:
     """Walls, in the coordinates of PointMaze."""
     height, width = len(maze_map), len(maze_map[0])
@@ -188,6 +203,7 @@ def main() -> None:
         (TABLES / f"planning-{task}.md").write_text(table(task, results))
         value_figure(results, FIGURES / f"planning-{task}-value.png")
     (TABLES / "planning-denoised.md").write_text(denoised_table())
+    (TABLES / "planning-plans.md").write_text(plans_table())
     if list(SOURCE.glob("umaze-adaptive-s[0-9]-pg.csv")):
         (TABLES / "planning-samplers.md").write_text(samplers_table())
     for path in sorted(SOURCE.glob("*-paths.json")):
