@@ -198,16 +198,26 @@ def time_methods(name: str, task: Task, seed: int, args: argparse.Namespace) -> 
     print(described["median_ms"])
 
 
+def first_plans(
+    name: str, task: Task, seed: int, method: str, dataset: Any, args: argparse.Namespace, env_seed: int = 77_000
+) -> tuple[Any, gym.vector.VectorEnv, np.ndarray, np.ndarray]:
+    """A model, ``args.starts`` environments that it stands at the start of, what it sees there, and what it plans.
+
+    :return: model, environments, observations ``(starts, obs_dim)``, plans ``(starts, horizon, obs_dim)``
+    """
+    model, env = load_method(name, task, seed, method, dataset, args.starts, args.models)
+    observations, _ = env.reset(seed=[env_seed + i for i in range(args.starts)])  # type: ignore[arg-type]
+    th.manual_seed(seed)
+    return model, env, observations, model.plan(observations, method in DETERMINISTIC)
+
+
 def record_paths(name: str, task: Task, seed: int, args: argparse.Namespace) -> None:
     """First plans and executed paths of each guidance in one maze, from the same starts."""
     dataset = open_task(task)
     described = metadata({"task": task._asdict(), "seed": seed}, f"python benchmarks/planning.py paths --task {name}")
     described["methods"] = {}
     for method in METHODS:
-        model, env = load_method(name, task, seed, method, dataset, args.starts, args.models)
-        observations, _ = env.reset(seed=[77_000 + i for i in range(args.starts)])  # type: ignore[arg-type]
-        th.manual_seed(seed)
-        plans = model.plan(observations, method in DETERMINISTIC)
+        model, env, observations, plans = first_plans(name, task, seed, method, dataset, args)
         path = [observations]
         for _ in range(args.path_steps):
             observations = env.step(model.predict(observations, deterministic=method in DETERMINISTIC)[0])[0]
@@ -233,10 +243,7 @@ def examine_plans(name: str, task: Task, seeds: list[int], args: argparse.Namesp
         described = metadata({"task": task._asdict(), "seed": seed}, f"{command} --starts {args.starts}")
         described["results"] = {}
         for method in METHODS:
-            model, env = load_method(name, task, seed, method, dataset, args.starts, args.models)
-            observations, _ = env.reset(seed=[88_000 + i for i in range(args.starts)])  # type: ignore[arg-type]
-            th.manual_seed(seed)
-            plans = model.plan(observations, method in DETERMINISTIC)
+            model, _, _, plans = first_plans(name, task, seed, method, dataset, args, env_seed=88_000)
             # (starts, horizon, obs_dim) -> rows and columns of the maze, (starts, horizon)
             rows = ((maze.y_map_center - plans[:, :, 1]) / maze.maze_size_scaling).astype(int).clip(0, walls.shape[0] - 1)
             columns = ((plans[:, :, 0] + maze.x_map_center) / maze.maze_size_scaling).astype(int).clip(0, walls.shape[1] - 1)
