@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium as gym
 import numpy as np
 import torch as th
-from planning_tasks import TASKS, Controller, HideGoal, Task, prepare
+from planning_tasks import TASKS, Controller, HideGoal, Task, prepare, use_normed_residual
 from provenance import metadata
 
 from sb3_diffrl import OfflineDataset
@@ -271,6 +271,8 @@ def main() -> None:
     args = parser.parse_args()
     th.set_num_threads(1)
     task = TASKS[args.task]
+    if task.normed_residual:
+        use_normed_residual()
     for folder in (args.out, args.models):
         folder.mkdir(parents=True, exist_ok=True)
     if args.command == "time":

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
 
 from sb3_diffrl import OfflineDataset
+from sb3_diffrl.diffusion.transformer import Block, attention, modulate
 from sb3_diffrl.offline.makers.pointmaze import WaypointController, register_mazes
 from sb3_diffrl.planner import PRESETS
 
@@ -27,6 +29,8 @@ class Task(NamedTuple):
     :param planner_steps: gradient steps of the planner
     :param prior_steps: gradient steps of the prior
     :param num_inference_steps: denoising steps of a plan in the evaluation
+    :param to_the_goal: as DV does, learn only from what comes before the goal is reached, and end there
+    :param normed_residual: transformers as in the reference, whose blocks add to their *normed* input
     """
 
     dataset_id: str
@@ -35,6 +39,8 @@ class Task(NamedTuple):
     planner_steps: int
     prior_steps: int
     num_inference_steps: int = 20
+    to_the_goal: bool = False
+    normed_residual: bool = False
 
 
 _MAZE = PRESETS["pointmaze"]["cpu"]
@@ -56,6 +62,11 @@ TASKS = {
     "umaze-displacements": Task(_UMAZE, True, {**_NEAR, **_RELATIVE, **_PLAN}, 4_000, 2_000, 10),
     "umaze-displacements-epsilon": Task(_UMAZE, True, {**_NEAR, **_RELATIVE}, 4_000, 2_000, 10),
     "umaze-sample": Task(_UMAZE, True, {**_NEAR, **_PLAN}, 4_000, 2_000, 10),
+    # As umaze-states, with the faults of the reference: windows that end at the goal, at rest there (not a fault) or moving on the
+    # spot, and blocks of the transformer that add to what is normed
+    "umaze-to-goal-at-rest": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, to_the_goal=True),
+    "umaze-to-goal-moving": Task(_UMAZE, True, {**_NEAR, "velocity_indices": ()}, 4_000, 2_000, 10, to_the_goal=True),
+    "umaze-normed-residual": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, normed_residual=True),
     # As umaze-states, with learned timesteps
     "umaze-adaptive": Task(_UMAZE, True, {**_NEAR, "timestep_sampler": "adaptive"}, 4_000, 2_000, 10),
     "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000),
@@ -97,6 +108,51 @@ def for_hidden_goal(dataset: OfflineDataset, env: Any) -> OfflineDataset:
     return dataclasses.replace(dataset, observations=observations, rewards=rewards, observation_space=space, sources=())
 
 
+def up_to_the_goal(dataset: OfflineDataset, longest: int = 800) -> OfflineDataset:
+    """What comes before the goal is reached, from the last time it was left, as episodes that end there.
+
+    :param longest: steps that are kept of each
+    """
+    hits, starts = dataset.rewards > 0.5, []
+    # A journey that begins at the goal does not lead there
+    ends = np.flatnonzero(hits[1:] & ~hits[:-1] & ~np.isin(np.arange(1, len(hits)), dataset.episode_starts)) + 1
+    for end in ends:
+        earliest = dataset.episode_starts[np.searchsorted(dataset.episode_starts, end, side="right") - 1]
+        left = np.flatnonzero(hits[earliest:end])
+        starts.append(max(earliest + left[-1] + 1 if len(left) else earliest, end + 1 - longest))
+    steps = np.concatenate([np.arange(start, end + 1) for start, end in zip(starts, ends, strict=True)])
+    rows = dataset.observation_rows
+    seen = np.concatenate([np.arange(rows[start], rows[end] + 2) for start, end in zip(starts, ends, strict=True)])
+    lengths = ends + 1 - np.array(starts)
+    truncations = np.zeros(len(steps), bool)
+    truncations[np.cumsum(lengths) - 1] = True
+    return dataclasses.replace(
+        dataset,
+        observations=dataset.observations[seen],
+        actions=dataset.actions[steps],
+        rewards=dataset.rewards[steps],
+        terminations=np.zeros(len(steps), bool),
+        truncations=truncations,
+        episode_starts=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
+def use_normed_residual() -> None:
+    """Make every transformer's block add to its normed input, as the reference's do."""
+
+    def forward(self: Block, x: th.Tensor, vectors: tuple[th.Tensor, ...], n_out: int | None = None) -> th.Tensor:
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors
+        x = modulate(self.attention_norm(x), shift_attention, scale_attention)
+        keys, values = self.key_value(x).chunk(2, dim=2)
+        x = x if n_out is None else x[:, :n_out]
+        heads = attention(self._heads(self.query(x)), self._heads(keys), self._heads(values))
+        x = th.addcmul(x, gate_attention, self.attention_out(heads.transpose(1, 2).flatten(2)))
+        x = modulate(self.mlp_norm(x), shift_mlp, scale_mlp)
+        return th.addcmul(x, gate_mlp, self.mlp(x))
+
+    Block.forward = forward  # type: ignore[method-assign]
+
+
 def prepare(task: Task, dataset: OfflineDataset) -> tuple[OfflineDataset, Callable[[], gym.Env[Any, Any]]]:
     """The data that a task is learnt from, and what makes its evaluation environment.
 
@@ -107,7 +163,8 @@ def prepare(task: Task, dataset: OfflineDataset) -> tuple[OfflineDataset, Callab
         env = dataset.recover_environment(eval_env=True)
         return HideGoal(env) if task.hides_goal else env
 
-    return for_hidden_goal(dataset, dataset.recover_environment(eval_env=True)) if task.hides_goal else dataset, make
+    data = for_hidden_goal(dataset, dataset.recover_environment(eval_env=True)) if task.hides_goal else dataset
+    return up_to_the_goal(data) if task.to_the_goal else data, make
 
 
 class Controller:

@@ -214,21 +214,28 @@ def terms_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def curves_figure(by_label: dict[str, dict[int, Rows]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for label, curves in by_label.items():
-        steps = [int(row["step"]) for row in next(iter(curves.values()))]
-        bounds = np.array([[float(row["bound"]) for row in rows] for rows in curves.values()])
-        axes.plot(steps, bounds.mean(0), label=label, linewidth=2.5 if label in ("adaptive", "uniform") else 1)
-        axes.fill_between(steps, bounds.min(0), bounds.max(0), alpha=0.15, linewidth=0)
-    axes.set(xlabel="training step", ylabel="held-out bound, bits per dimension", xlim=(steps[0], steps[-1]), ylim=(0.8, 2.5))
-    axes.legend(fontsize=8)
-    axes.set_title("Digits: mean over seeds, least to largest", fontsize=10)
+def curves_figure(runs: Runs, path: Path) -> None:
+    """A panel for each task: means over seeds, from the least to the largest."""
+    figure, panels = plt.subplots(1, len(runs), figsize=(5 * len(runs) + 1, 4.2), layout="constrained", squeeze=False)
+    for axes, (task, by_label) in zip(panels[0], runs.items(), strict=True):
+        lowest = np.inf
+        for label, curves in by_label.items():
+            steps = [int(row["step"]) for row in next(iter(curves.values()))]
+            bounds = np.array([[float(row["bound"]) for row in rows] for rows in curves.values()])
+            axes.plot(steps, bounds.mean(0), label=label, linewidth=2.5 if label in ("adaptive", "uniform") else 1)
+            axes.fill_between(steps, bounds.min(0), bounds.max(0), alpha=0.15, linewidth=0)
+            lowest = min(lowest, bounds.min())
+        highest = np.mean([float(rows[0]["bound"]) for rows in by_label["uniform"].values()])
+        margin = 0.03 * (highest - lowest)
+        axes.set(xlim=(steps[0], steps[-1]), ylim=(lowest - margin, highest + margin))
+        axes.set(xlabel="training step", ylabel="held-out bound, bits per dimension")
+        axes.set_title(f"{task}: mean over seeds, least to largest", fontsize=10)
+    panels[0, -1].legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def density_figure(by_label: dict[str, dict[int, Rows]], path: Path) -> None:
+def density_figure(by_label: dict[str, dict[int, Rows]], data: str, path: Path) -> None:
     """The density over timesteps as training goes, one column an evaluation, and the selected times of the reward."""
     rows = by_label["adaptive"][min(by_label["adaptive"])]
     density = np.array([[float(value) for value in row["density"].split()] for row in rows])
@@ -240,7 +247,7 @@ def density_figure(by_label: dict[str, dict[int, Rows]], path: Path) -> None:
     axes.plot(
         [step - width / 2 for step, _ in selected], [t for _, t in selected], "r.", markersize=4, label="selected for the reward"
     )
-    axes.set(xlabel="training step", ylabel="timestep", title="Adaptive sampler on digits, one seed")
+    axes.set(xlabel="training step", ylabel="timestep", title=f"Adaptive sampler on {data}, one seed")
     figure.colorbar(image, ax=axes, label="density, 1: as uniform", extend="both")
     axes.legend(fontsize=8, loc="upper right")
     figure.savefig(path, dpi=130)
@@ -267,11 +274,14 @@ def main() -> None:
     FIGURES.mkdir(parents=True, exist_ok=True)
     TABLES.mkdir(parents=True, exist_ok=True)
     compare = load("compare")
-    for by_label in compare.values():
-        curves_figure(by_label, FIGURES / "timesteps-curves.png")
-        density_figure(by_label, FIGURES / "timesteps-density.png")
-        (TABLES / "timesteps-compare.md").write_text(comparison_table(by_label))
-        (TABLES / "timesteps-budgets.md").write_text(budget_table(by_label, ("adaptive", "loss_second_moment", "speed"), 2000))
+    if compare:
+        curves_figure(compare, FIGURES / "timesteps-curves.png")
+    for task, by_label in compare.items():
+        data = task.split(", ")[0]
+        density_figure(by_label, data, FIGURES / f"timesteps-density-{data}.png")
+        (TABLES / f"timesteps-compare-{data}.md").write_text(comparison_table(by_label))
+        budgets = budget_table(by_label, ("adaptive", "loss_second_moment", "speed"), 2000)
+        (TABLES / f"timesteps-budgets-{data}.md").write_text(budgets)
     if runs := load("robustness"):
         (TABLES / "timesteps-robustness.md").write_text(cell_table(runs, "data, network, schedule"))
     for by_label in load("ablation").values():

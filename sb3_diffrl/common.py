@@ -40,6 +40,17 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """The value as a finite number in [low, high].
+
+    :raises ValueError: naming the argument
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not low <= float(value) <= high:
+        bounds = "" if low == -math.inf else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+        raise ValueError(f"`{name}` must be a finite number{bounds}, got {value!r}.")
+    return float(value)
+
+
 def check_on_nonfinite(value: str) -> None:
     """Check that ``on_nonfinite`` is ``"raise"`` or ``"skip"``.
 

@@ -60,7 +60,7 @@ class RandomLengths(RandomEnv):
 def flat(space: spaces.Space[Any], observation: Any) -> np.ndarray:
     """One observation by Gymnasium's rules, which know nothing of goals."""
     if space is GOAL:
-        return np.concatenate([observation["observation"], observation["desired_goal"]])
+        return np.concatenate([observation[key] for key in ("observation", "achieved_goal", "desired_goal")])
     return np.asarray(spaces.flatten(space, observation))
 
 

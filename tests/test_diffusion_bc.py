@@ -174,4 +174,11 @@ def test_the_average_of_the_weights_acts() -> None:
     with th.no_grad():
         learning.add_(2.0)
     model.policy.model.update_ema()
-    th.testing.assert_close(acting, start + 1.0 + 0.5 * 2.0)
+    # Young averages follow fast: the decay is (1 + n) / (10 + n) at first
+    th.testing.assert_close(acting, start + 1.0 + (1 - 2 / 11) * 2.0)
+    for _ in range(20):
+        model.policy.model.update_ema()
+    with th.no_grad():
+        learning.add_(4.0)
+    model.policy.model.update_ema()
+    th.testing.assert_close(acting, start + 3.0 + 0.5 * 4.0, rtol=0, atol=1e-4)

@@ -1,6 +1,7 @@
 """LQL and NC-LQL as SB3 algorithms."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,16 @@ def test_n_step_returns_use_their_discounts(algorithm: type[LQL]) -> None:
     loss, metrics = model._td_loss(q_values, replay_data, next_actions)
     th.testing.assert_close(metrics["td_loss"], expected.detach())
     th.testing.assert_close(loss, 2 * expected)
+
+
+def test_n_step_returns_go_on_after_loading_without_a_warning(tmp_path: Path) -> None:
+    make(NCLQL, box_env(), n_steps=3, gamma=0.5, seed=0).save(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = NCLQL.load(tmp_path / "model", env=box_env(), device="cpu")
+    discounts = loaded.learn(60).replay_buffer.sample(64).discounts  # type: ignore[union-attr]
+    assert discounts is not None
+    assert 0.125 in discounts
 
 
 @ALGORITHMS

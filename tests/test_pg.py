@@ -267,6 +267,36 @@ def test_the_planner_of_a_pg_on_disk_is_taken_over_without_its_prior(tmp_path: P
 # ---------------------------------------------------------------------- bad input
 
 
+def test_what_fits_a_planner_is_taken_and_what_does_not_is_refused_by_name() -> None:
+    fitting = {"pad": "last", "velocity_indices": [1]}
+    planner = make_planner(make_dataset(lengths=(20, 30)), **fitting, train_for=("cg", "cfg"))
+
+    def make(**kwargs: Any) -> PG:
+        return PG("MlpPolicy", planner=planner, device="cpu", seed=0, batch_size=16, **kwargs)
+
+    assert make(**fitting).velocity_indices == (1,)
+    narrow = make(policy_kwargs={"net_arch": (32,), "prior_width": 24})
+    assert narrow.policy.prior_width == 24
+    assert PG("MlpPolicy", planner=narrow, policy_kwargs={"prior_width": 32}).policy.prior_width == 32
+    assert make(guidance="cfg").train_for == ("cg", "cfg")
+    planner.policy.num_inference_steps = 3
+    assert make().policy.num_inference_steps == 3
+    for name, value in {"head_dim": 16, "activation_fn": th.nn.ReLU, "d_model": 32}.items():
+        with pytest.raises(ValueError, match=rf"policy_kwargs\['{name}'\]"):
+            make(policy_kwargs={name: value})
+    for other in (3, object()):
+        with pytest.raises(ValueError, match="`planner` is a DiffusionPlanner, a PG, or the path of one"):
+            PG("MlpPolicy", planner=other)  # type: ignore[arg-type]
+
+
+def test_priors_on_a_saved_planner_begin_differently_without_a_seed(tmp_path: Path) -> None:
+    dataset = make_dataset(lengths=(20, 30))
+    make_planner(dataset).save(tmp_path / "planner")
+    made = [PG("MlpPolicy", dataset=dataset, planner=tmp_path / "planner", device="cpu") for _ in range(2)]
+    first, second = (next(model.policy.prior.parameters()) for model in made)
+    assert not th.equal(first, second)
+
+
 def test_a_planner_that_does_not_fit_is_refused() -> None:
     dataset = make_dataset(lengths=(20, 30))
     planner = make_planner(dataset)
@@ -282,7 +312,18 @@ def test_a_planner_that_does_not_fit_is_refused() -> None:
     ("kwargs", "message"),
     [
         ({"planner_fraction": 1.5}, r"`planner_fraction` must be in \[0, 1\], got 1.5"),
-        ({"alpha": -1.0}, "`alpha` must be at least 0, got -1.0"),
+        ({"alpha": -1.0}, "`alpha` must be a finite number of at least 0, got -1.0"),
+        ({"alpha": float("nan")}, "`alpha` must be a finite number"),
+        ({"tau": 2.0}, "`tau` must be above 0 and at most 1"),
+        ({"batch_size": 1}, "with `batch_size` = 1 take `normalize_value`"),
+        ({"train_for": "cfg"}, "`train_for` is a list of guidances among 'cg' and 'cfg', got 'cfg'"),
+        ({"train_for": ("cgf",)}, "`train_for` is a list of guidances"),
+        ({"temperature": -1.0}, "`temperature` must be a finite number of at least 0"),
+        ({"cfg_target": 300.0}, "`cfg_target` must be a finite number from -1 to 1"),
+        ({"terminal_reward": float("nan")}, "`terminal_reward` must be a finite number"),
+        ({"num_action_steps": 60}, "`num_action_steps` must be at most 50"),
+        ({"velocity_indices": 1}, "`velocity_indices` must be a list of integers"),
+        ({"policy_kwargs": {"n_candidates": 3}}, "'n_candidates', which is an argument of PG itself"),
         ({"kl_reduction": "max"}, "Unknown `kl_reduction` 'max', choose 'sum' or 'mean'"),
         ({"kl_of": "u"}, "Unknown `kl_of` 'u', choose 'latent' or 'unsquashed'"),
         ({"normalize_value": "max"}, "Unknown `normalize_value` 'max', choose 'std' or 'abs' or 'none'"),

@@ -1,6 +1,7 @@
 """The planner: windows and values, what it learns, how it plans, and what it refuses."""
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gymnasium import spaces
 
 from sb3_diffrl.common import CosineSchedule, NonFiniteError
 from sb3_diffrl.offline import OfflineDataset
+from sb3_diffrl.offline.spaces import ObservationFlattener
 from sb3_diffrl.pg import PG
 from sb3_diffrl.planner import PRESETS, DiffusionPlanner
 from sb3_diffrl.planner.data import WindowSettings, prepare_data, values
@@ -135,22 +137,22 @@ def test_the_present_state_is_held_exactly_and_the_goal_in_every_state(relative:
     box = spaces.Box(-np.inf, np.inf, (2,))
     space = spaces.Dict({"observation": box, "achieved_goal": box, "desired_goal": box})
     rng = np.random.default_rng(0)
-    data = make_dataset(rng.normal(size=(52, 4)), lengths=(20, 30), space=space)
+    data = make_dataset(rng.normal(size=(52, 6)), lengths=(20, 30), space=space)
     model = make_planner(data, train_for=("cg", "cfg"), relative=relative, prediction_type=prediction_type)
     model.learn(3)
     obs = {key: rng.normal(size=(6, 2)).astype(np.float32) for key in space.spaces}
-    flat = th.as_tensor(np.concatenate([obs["observation"], obs["desired_goal"]], axis=1))
+    flat = th.as_tensor(np.concatenate([obs[key] for key in ("observation", "achieved_goal", "desired_goal")], axis=1))
     state = model.policy.normalizer.normalize(flat)
     for name in ("none", "mcss", "cg", "cfg"):
         model.guidance = name
         for deterministic in (True, False):
             plan = model.policy.plan(flat, deterministic)
             assert th.equal(plan[:, 0], state)
-            assert th.equal(plan[:, :, 2:], state[:, None, 2:].expand(-1, 4, -1))
-            assert th.equal(model.policy.encode(plan)[:, :, 2:], plan[:, :, 2:])  # a goal is no displacement
-    assert model.plan(obs).shape == (6, 4, 4)
+            assert th.equal(plan[:, :, 4:], state[:, None, 4:].expand(-1, 4, -1))
+            assert th.equal(model.policy.encode(plan)[:, :, 4:], plan[:, :, 4:])  # a goal is no displacement
+    assert model.plan(obs).shape == (6, 4, 6)
     one = {key: value[0] for key, value in obs.items()}
-    assert model.plan(one).shape == (1, 4, 4)
+    assert model.plan(one).shape == (1, 4, 6)
     assert model.predict(one)[0].shape == (2,)
     assert model.predict(obs)[0].shape == (6, 2)
 
@@ -326,6 +328,56 @@ def test_td_value_of_an_endless_reward_is_the_geometric_series() -> None:
     np.testing.assert_allclose(model.value(plans), [0, 2], atol=0.15)
 
 
+def test_td_values_see_the_steps_that_no_window_begins_with_terminations_above_all() -> None:
+    """States 0, 1, .. of a row; each step is worth 1 and the last, which terminates, -10."""
+    n, discount = 8, 0.5
+    dataset = make_dataset(np.tile(np.arange(n + 1.0), 4)[:, None], np.ones(4 * n), lengths=(n,) * 4, is_terminated=True)
+    settings: dict[str, Any] = {"horizon": 4, "stride": 2, "discount": discount, "terminal_reward": -10.0, "batch_size": 32}
+    model = make_planner(dataset, critic="td", learning_rate=3e-3, **settings)
+    assert len(model.data.first_rows) < len(model.data.step_rows) == 4 * n
+    model.learn(1500)
+    expected = [-10.0]
+    for _ in range(n - 1):
+        expected.insert(0, 1 + discount * expected[0])
+    plans = np.repeat(np.arange(float(n)), 4).reshape(n, 4, 1).astype(np.float32)
+    np.testing.assert_allclose(model.value(plans), expected, atol=1.0)
+
+
+def test_values_are_of_plans_in_any_precision_and_of_the_right_shape() -> None:
+    model = make_planner()
+    plans = model.plan(np.ones((3, 2), np.float32))
+    np.testing.assert_array_equal(model.value(plans.astype(np.float64)), model.value(plans))
+    for wrong in (plans[:, :2], plans[0], plans[..., :1]):
+        with pytest.raises(ValueError, match=r"Plans are \(batch, 4, 2\)"):
+            model.value(wrong)
+
+
+def test_how_it_samples_may_be_changed_on_the_policy_and_is_saved(tmp_path: Path) -> None:
+    model = make_planner(train_for=("cg", "cfg"))
+    changed: dict[str, Any] = {"n_candidates": 7, "cg_scale": 3.0, "cfg_scale": 1.5, "cfg_target": 0.5, "num_inference_steps": 2}
+    changed |= {"num_action_steps": 3, "temperature": 0.0, "guidance": "mcss"}
+    for name, value in changed.items():
+        setattr(model.policy, name, value)
+    assert model.guidance == "mcss"
+    model.save(tmp_path / "model")
+    loaded = DiffusionPlanner.load(tmp_path / "model", device="cpu")
+    assert {name: getattr(loaded.policy, name) for name in changed} == changed
+    assert DiffusionPlanner.load(tmp_path / "model", device="cpu", guidance="cg").guidance == "cg"
+    with pytest.raises(ValueError, match="Unknown `guidance` 'best'"):
+        DiffusionPlanner.load(tmp_path / "model", device="cpu", guidance="best")
+    untrained = make_planner()
+    untrained.save(tmp_path / "untrained")
+    with pytest.raises(ValueError, match="not trained for the guidance 'cfg'"):
+        DiffusionPlanner.load(tmp_path / "untrained", device="cpu", guidance="cfg")
+
+
+def test_model_and_policy_can_be_pickled() -> None:
+    model = make_planner()
+    obs = np.ones((3, 2), np.float32)
+    policy = pickle.loads(pickle.dumps(model.policy))
+    np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+
+
 def test_weights_favour_windows_of_high_value() -> None:
     model = make_planner(value_weight=2.0)
     batch = model.sample_batch()
@@ -439,6 +491,27 @@ def test_presets_fit_the_domains_they_are_for(domain: Any, env_id: str, tmp_path
     )
     for size in PRESETS[domain].values():
         assert set(size) <= set(vars(model)) | {"learning_rate", "policy_kwargs"}
+
+
+@pytest.mark.parametrize(
+    ("domain", "env_id", "robot"),
+    [("pointmaze", "PointMaze_UMaze-v3", "point_env"), ("antmaze", "AntMaze_UMaze-v5", "ant_env"),
+     ("kitchen", "FrankaKitchen-v1", None)],
+)  # fmt: skip
+def test_presets_name_every_velocity_and_agents_see_where_they_are(domain: Any, env_id: str, robot: str | None) -> None:
+    gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    env: Any = gym.make(env_id)
+    simulation = (getattr(env.unwrapped, robot) if robot else env.unwrapped).data
+    observation, _ = env.reset(seed=0)
+    for _ in range(20):
+        observation, *_ = env.step(env.action_space.sample())
+    seen = ObservationFlattener(env.observation_space)(observation, batched=False)[0]
+    indices = list(PRESETS[domain]["cpu"]["velocity_indices"])
+    assert len(indices) == len(simulation.qvel)
+    # The kitchen's observations are noisy
+    np.testing.assert_allclose(np.sort(seen[indices]), np.sort(simulation.qvel), rtol=0, atol=0.5 if domain == "kitchen" else 1e-5)
+    for position in simulation.qpos[:2]:
+        assert np.abs(seen - position).min() < 0.05
 
 
 @pytest.mark.parametrize("name", ["speed", "loss_second_moment", "adaptive+min_snr"])

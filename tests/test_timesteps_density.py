@@ -1,15 +1,24 @@
 """What the learned timestep sampler draws from: the swept density, the Beta over its mass, the uniform share."""
 
+import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch as th
+from scipy import stats
 
-from sb3_diffrl.timesteps import AdaptiveTimestepSampler
-from sb3_diffrl.timesteps.adaptive import log_norm_of_beta
+from sb3_diffrl.native import library
+from sb3_diffrl.timesteps import AdaptiveTimestepSampler, native
 
 from .timestep_tools import process, rng
+
+needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C compiler")
+
+
+@pytest.fixture(params=[pytest.param("compiled", marks=needs_compiler), "torch"], autouse=True)
+def drawn_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "supports", lambda *_: False)
 
 
 def with_errors(sampler: AdaptiveTimestepSampler, error: th.Tensor, n_updates: int) -> None:
@@ -134,23 +143,84 @@ def test_log_density_is_that_of_the_mixture(base: Any) -> None:
         slope = 2 * cell + 0.01
         mass = cell**2 + (grid - cell) * slope
     concentrations = th.tensor([[2.0, 3.0]]).expand(1000, 2)
-    log_norm = th.full((1000,), 12.0).log()
-    density = sampler._log_density(th, concentrations, log_norm, 100 * grid, sampler.cumulative).exp()
+    density = sampler._log_density(concentrations, 100 * grid).exp()
     th.testing.assert_close(density, 0.3 + 0.7 * 12 * mass * (1 - mass) ** 2 * slope, rtol=1e-3, atol=1e-3)
     assert float(density.mean()) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("uniform_floor", [0.0, 0.3])
-@pytest.mark.parametrize("importance", [0.0, 0.5])
-def test_numpy_and_torch_place_and_weigh_draws_alike(uniform_floor: float, importance: float) -> None:
-    sampler = AdaptiveTimestepSampler(uniform_floor=uniform_floor, importance=importance).setup(process(), (2,))
-    sampler.cumulative.copy_(th.linspace(0, 1, 101).square())
+def an_uneven_sampler(n_features: int, **settings: Any) -> AdaptiveTimestepSampler:
+    """One whose policy looks at the data, over a density that is far from uniform."""
+    sampler = AdaptiveTimestepSampler(**settings).setup(process(), (n_features,))
     generator = rng()
-    concentrations = 0.2 + 5 * th.rand(10_000, 2, generator=generator)
-    mass, u = th.rand(2, 10_000, generator=generator)
-    mass[:2] = th.tensor([0.0, 1.0])
-    tensors = [concentrations, log_norm_of_beta(concentrations), mass, u if uniform_floor else None, sampler.cumulative]
-    by_torch = sampler._place_and_weigh(th, *tensors)
-    by_numpy = sampler._place_and_weigh(np, *(None if x is None else x.numpy() for x in tensors))
-    for a, b in zip(by_torch, by_numpy, strict=True):
-        th.testing.assert_close(a, th.from_numpy(b), rtol=1e-4, atol=1e-4)
+    with th.no_grad():
+        for parameter in sampler.policy.parameters():
+            parameter.copy_(0.3 * th.randn(parameter.shape, generator=generator))
+    n = len(sampler.cumulative)
+    sampler.cumulative.copy_(th.linspace(0, 1, n).square())
+    return sampler
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"uniform_floor": 0.0, "importance": 1.0},
+        {"importance": 0.0, "uniform_floor": 0.3, "sweep_size": 7},
+        {"net_arch": (17, 40, 3), "concentration_range": (0.01, 30.0)},
+        {"net_arch": (), "sweep_size": 1},
+    ],
+)
+@pytest.mark.parametrize("n_features", [1, 33])
+def test_compiled_draws_are_distributed_and_weighed_as_those_of_torch(settings: dict[str, Any], n_features: int) -> None:
+    sampler = an_uneven_sampler(n_features, **settings)
+    layers = sampler._linears
+    assert layers is not None
+    low, high = (math.log(bound) for bound in sampler.concentration_range or ())
+    for row in th.randn(3, n_features, generator=rng(1)):
+        x0 = row.expand(20_000, -1)
+        with th.no_grad():
+            drawn = native.draw(layers, (low, high), x0, sampler.cumulative, sampler.uniform_floor, sampler.importance, rng(2))
+            position, _ = sampler._draw_in_torch(x0, rng(3))
+            concentrations = sampler.policy.concentrations(x0)
+            weight = th.exp(-sampler.importance * sampler._log_density(concentrations, drawn.position))
+        th.testing.assert_close(drawn.concentrations, concentrations, rtol=1e-4, atol=1e-5)
+        th.testing.assert_close(drawn.weight, weight, rtol=1e-3, atol=1e-4)
+        assert stats.ks_2samp(drawn.position, position).pvalue > 1e-3
+        assert ((drawn.position >= 0) & (drawn.position < len(sampler.sweep_timesteps))).all()
+
+
+@pytest.mark.parametrize("batch", [1, 47, 48, 100])
+def test_draws_follow_the_generator_and_each_row_has_its_own(batch: int) -> None:
+    sampler = an_uneven_sampler(5)
+    x0 = th.randn(batch, 5, generator=rng())
+    first, again, other = (sampler.sample(x0, rng(seed)) for seed in (0, 0, 1))
+    assert th.equal(first.t, again.t)
+    assert th.equal(first.weight, again.weight)
+    assert not th.equal(first.weight, other.weight)
+    assert len(set(first.weight.tolist())) == batch
+
+
+@needs_compiler
+def test_compiled_draws_end_where_the_data_is_not_a_number() -> None:
+    sampler = an_uneven_sampler(2)
+    assert sampler._linears is not None
+    drawn = native.draw(sampler._linears, (-1.0, 1.0), th.full((3, 2), th.nan), sampler.cumulative, 0.0, 0.5, rng())
+    assert drawn.position.isnan().all()
+
+
+@needs_compiler
+def test_compiled_code_is_left_out_on_request_and_for_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws_compiled(x0: th.Tensor, **settings: Any) -> bool:
+        sampler = AdaptiveTimestepSampler(**settings).setup(process(), tuple(x0.shape[1:]))
+        return sampler._draw_compiled(x0, None) is not None
+
+    monkeypatch.undo()
+    assert draws_compiled(th.zeros(4, 3))
+    assert draws_compiled(th.zeros(4, 3, 2))
+    assert not draws_compiled(th.zeros(4, 1, 8, 8))
+    assert not draws_compiled(th.zeros(4, 3), concentration_range=None)
+    sampler = AdaptiveTimestepSampler().setup(process(), (3,))
+    sampler.use_native = False
+    assert sampler._draw_compiled(th.zeros(4, 3), None) is None
+    assert AdaptiveTimestepSampler().setup(process(), (3,)).double()._draw_compiled(th.zeros(4, 3), None) is None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -201,6 +201,10 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         for name in ("sampler", "reward_scale"):
             if name in self.policy_kwargs:
                 raise ValueError(f"`{name}` is not for `policy_kwargs`: the algorithm's own arguments set it.")
+        own_choice = {"n_steps": self.n_steps, "gamma": self.gamma}
+        if self.replay_buffer_class is NStepReplayBuffer and own_choice.items() <= self.replay_buffer_kwargs.items():
+            # SB3's own choice, from a saved model: it would warn that `n_steps` is ignored
+            self.replay_buffer_class = None
         # Arguments of the policy, but not the user's own, which are the ones saved.
         users_policy_kwargs = self.policy_kwargs
         self.policy_kwargs = {**users_policy_kwargs, "sampler": self._make_sampler(), "reward_scale": self.reward_scale}

@@ -1,1 +1,1 @@
-"""C for CPUs: Langevin chains, stacked perceptrons, transformers that denoise."""
+"""C for CPUs: Langevin chains, stacked perceptrons, transformers that denoise, draws of training times."""

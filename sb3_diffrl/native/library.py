@@ -21,7 +21,9 @@ from typing import Any
 
 import torch as th
 
-SOURCES = [Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c", "beta_policy.c")
+]
 HEADER = Path(__file__).with_name("kernels.h")
 # No fast-math: NaN must stay NaN. Products and sums may be fused.
 FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC"]
@@ -96,12 +98,14 @@ def load() -> ctypes.CDLL | None:
     except (OSError, RuntimeError) as error:
         logger.info("No compiled code, torch computes instead: %s", error)
         return None
-    for name in ("mlp_saved_floats", "mlp_memory_floats", "transformer_packed_floats", "perceptron_packed_floats"):
+    sizes = ("mlp_saved_floats", "mlp_memory_floats", "transformer_packed_floats", "perceptron_packed_floats")
+    for name in (*sizes, "beta_policy_memory_floats"):
         _declare(getattr(library, name), [ctypes.c_void_p], ctypes.c_long)
     for name in ("langevin_memory_floats", "transformer_memory_floats", "perceptron_memory_floats"):
         _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_long], ctypes.c_long)
     for name in ("langevin_run", "mlp_forward", "mlp_backward", "transformer_run", "perceptron_run"):
         _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None)
+    _declare(library.beta_policy_run, [ctypes.c_void_p] * 2, None)
     for name in ("transformer_pack", "perceptron_pack"):
         _declare(getattr(library, name), [ctypes.c_void_p] * 4, None)
     return library

@@ -407,7 +407,11 @@ class OfflineAlgorithm(SafeSaving, ABC):
         :param kwargs: attributes to change; ``dataset`` is what to learn from in place of the file's, see ``set_dataset()``
         """
         dataset = kwargs.pop("dataset", None)
+        # What is a property is set on the finished model: among its attributes it would do nothing.
+        properties = {name: kwargs.pop(name) for name in list(kwargs) if isinstance(getattr(cls, name, None), property)}
         model = super().load(path, None, device, custom_objects, print_system_info, force_reset, trusted, **kwargs)
+        for name, value in properties.items():
+            setattr(model, name, value)
         if dataset is not None:
             model.set_dataset(dataset)
         if env is not None:

@@ -11,14 +11,15 @@ from torch import nn
 
 # Relative standard deviation below which a coordinate counts as constant, ten units in the last place of single precision
 CONSTANT = 1e-6
-GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
+GOAL_KEYS = ("observation", "achieved_goal", "desired_goal")
 
 
 class ObservationFlattener:
     """Turns observations of a space into float vectors.
 
-    A goal-conditioned dictionary (its keys are ``observation``, ``achieved_goal`` and ``desired_goal``) becomes observation and
-    desired goal. Everything else follows ``gymnasium.spaces.flatten``: parts one after the other, in the order of the space, with
+    A goal-conditioned dictionary (its keys are ``observation``, ``achieved_goal`` and ``desired_goal``) becomes these three in
+    this order. The second repeats what the first has in some environments and not in others: AntMaze's position is nowhere else.
+    Everything else follows ``gymnasium.spaces.flatten``: parts one after the other, in the order of the space, with
     discrete ones one-hot. Images are refused: a vector of pixels is no use to the networks here.
 
     :param space: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of such, nested at will
@@ -27,11 +28,10 @@ class ObservationFlattener:
 
     def __init__(self, space: spaces.Space[Any]) -> None:
         self.space = space
-        self.is_goal_conditioned = isinstance(space, spaces.Dict) and set(space.spaces) == GOAL_KEYS
+        self.is_goal_conditioned = isinstance(space, spaces.Dict) and set(space.spaces) == set(GOAL_KEYS)
         if isinstance(space, spaces.Dict) and self.is_goal_conditioned:
-            parts = {key: space[key] for key in ("observation", "desired_goal")}
             # A sequence of pairs keeps its order, a dictionary is sorted.
-            self._flat_space: spaces.Space[Any] = spaces.Dict(list(parts.items()))
+            self._flat_space: spaces.Space[Any] = spaces.Dict([(key, space[key]) for key in GOAL_KEYS])
         else:
             self._flat_space = space
         self.dim = _dim(self._flat_space)

@@ -10,14 +10,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from sb3_diffrl.common import OnNonFinite, check_count, check_positive
+from sb3_diffrl.common import OnNonFinite, check_count, check_number
 from sb3_diffrl.diffusion.process import PredictionType
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics
 from sb3_diffrl.offline.reading import DatasetSource
 from sb3_diffrl.pg.policies import MlpPolicy, PGPolicy, gaussian_kl, squashed_kl
 from sb3_diffrl.planner.data import Pad
-from sb3_diffrl.planner.diffusion_planner import DiffusionPlanner
+from sb3_diffrl.planner.diffusion_planner import SAMPLING, DiffusionPlanner
 from sb3_diffrl.planner.guidance import GuidanceName, TrainedGuidance
 from sb3_diffrl.planner.policies import CriticName
 from sb3_diffrl.saving.archive import saved_class
@@ -42,9 +42,20 @@ TAKEN: tuple[str, ...] = (
     "train_for",
 )
 TAKEN += ("prediction_type", "relative")
-# How it samples, which may be changed.
-SAMPLING: tuple[str, ...] = ("n_candidates", "cg_scale", "cfg_scale", "cfg_target", "num_inference_steps", "num_action_steps")
-SAMPLING += ("temperature", "clip_sample")
+# What of the policy is not the planner's
+OWN = {"prior_width", "optimizer_class", "optimizer_kwargs"}
+
+
+def load_planner(path: str | Path, device: th.device) -> DiffusionPlanner:
+    """A saved planner, or a ``PG`` for its planner."""
+    # torch's random state stays as it is: loading sets the seed that the file has, and every prior would begin alike.
+    with th.random.fork_rng(devices=[]):
+        return (PG if saved_class(path) == "PG" else DiffusionPlanner).load(path, device=device)
+
+
+def same(mine: Any, theirs: Any) -> bool:
+    """Whether two settings are equal, as a list or as a tuple."""
+    return bool(mine == theirs or (isinstance(mine, list | tuple) and isinstance(theirs, list | tuple) and [*mine] == [*theirs]))
 
 
 class PG(DiffusionPlanner):
@@ -60,7 +71,8 @@ class PG(DiffusionPlanner):
     :param dataset: by default the given planner's
     :param guidance: ``"pg"``; a trained model takes others, see ``DiffusionPlanner``
     :param planner: trained planner (or ``PG``, for its planner), or a path it was saved at: its weights and settings are taken
-        over, and ``learn()`` trains the prior alone. How it samples may be given anew.
+        over, and ``learn()`` trains the prior alone. How it samples may be given anew. An argument that has its default counts as
+        not given; change ``model.policy`` to sample by a default from a planner that has another value.
     :param planner_fraction: share of ``learn()``'s gradient steps that train the planner, unless one is given
     :param alpha: weight of the KL divergence of the latent's law from N(0, I)
     :param kl_reduction: ``"sum"`` over the entries of the latent, as a KL divergence is, or ``"mean"`` over its steps: alpha is
@@ -171,7 +183,9 @@ class PG(DiffusionPlanner):
             _init_setup_model=False,
         )
         if isinstance(planner, (str, Path)):
-            planner = (PG if saved_class(planner) == "PG" else DiffusionPlanner).load(planner, device=self.device)
+            planner = load_planner(planner, self.device)
+        if not isinstance(planner, DiffusionPlanner | None):
+            raise ValueError(f"`planner` is a DiffusionPlanner, a PG, or the path of one, not a {type(planner).__name__}.")
         if planner is not None:
             self._take_settings(planner)
             dataset = planner.dataset if dataset is None else dataset
@@ -194,20 +208,24 @@ class PG(DiffusionPlanner):
         parameters = inspect.signature(DiffusionPlanner.__init__).parameters
         for name in TAKEN:
             mine, theirs, default = getattr(self, name), getattr(planner, name), parameters[name].default
-            if mine not in (default, theirs):
+            fits = set(mine) <= set(theirs) if name == "train_for" else same(mine, theirs)
+            if not fits and not same(mine, default):
                 raise ValueError(
                     f"`{name}` is {mine!r}, and the planner was trained with {theirs!r}: leave `{name}` out, or train a planner."
                 )
             setattr(self, name, theirs)
-        for name in SAMPLING:
+        planner._take_sampling()
+        for name in (*SAMPLING, "clip_sample"):
             if getattr(self, name) == parameters[name].default:
                 setattr(self, name, getattr(planner, name))
-        for name, theirs in planner.policy_kwargs.items():
-            if self.policy_kwargs.setdefault(name, theirs) != theirs:
+        made_with = planner.policy._get_constructor_parameters()
+        for name, mine in self.policy_kwargs.items():
+            if name in made_with and name not in OWN and not same(mine, made_with[name]):
                 raise ValueError(
-                    f"policy_kwargs[{name!r}] is {self.policy_kwargs[name]!r}, and the planner was made with {theirs!r}: leave it "
-                    "out, or train a planner."
+                    f"policy_kwargs[{name!r}] is {mine!r}, and the planner was made with {made_with[name]!r}: leave it out, or "
+                    "train a planner."
                 )
+        self.policy_kwargs = {**planner.policy_kwargs, **self.policy_kwargs}
         self.planner_fraction = 0.0
 
     def _check_dataset(self, planner: DiffusionPlanner) -> None:
@@ -242,13 +260,15 @@ class PG(DiffusionPlanner):
         super()._check_arguments()
         if not 0 <= self.planner_fraction <= 1:
             raise ValueError(f"`planner_fraction` must be in [0, 1], got {self.planner_fraction!r}.")
-        if self.alpha < 0:
-            raise ValueError(f"`alpha` must be at least 0, got {self.alpha!r}.")
+        self.alpha = check_number("alpha", self.alpha, 0)
+        if self.normalize_value == "std" and self.batch_size == 1:
+            raise ValueError('One window has no standard deviation: with `batch_size` = 1 take `normalize_value` "abs" or "none".')
         choices = {"kl_reduction": KLReduction, "kl_of": KLOf, "normalize_value": ValueNormalization}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"Unknown `{name}` {getattr(self, name)!r}, choose {' or '.join(map(repr, get_args(kind)))}.")
-        self.tau = check_positive("tau", self.tau)
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"`tau` must be above 0 and at most 1, got {self.tau!r}.")
         self.prior_inference_steps = check_count("prior_inference_steps", self.prior_inference_steps)
 
     def _policy_arguments(self) -> dict[str, Any]:

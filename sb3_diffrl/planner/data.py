@@ -34,15 +34,24 @@ class Batch(NamedTuple):
     :param values: the windows' values, scaled to [-1, 1] over the dataset, ``(batch,)``
     :param is_true: whether the action leads to the second observation; false where the episode ended on the way, in motion,
         ``(batch,)``
-    :param rewards: reward of the first step, ``(batch,)``
-    :param next_observations: what follows the first step, ``(batch, obs_dim)``
-    :param continues: 0 where the first step ended in a termination, else 1, ``(batch,)``
     """
 
     windows: th.Tensor
     actions: th.Tensor
     values: th.Tensor
     is_true: th.Tensor
+
+
+class Transitions(NamedTuple):
+    """A minibatch of single steps.
+
+    :param observations: flattened, in the env's units, ``(batch, obs_dim)``
+    :param rewards: ``(batch,)``
+    :param next_observations: ``(batch, obs_dim)``
+    :param continues: 0 where the step ended in a termination, else 1, ``(batch,)``
+    """
+
+    observations: th.Tensor
     rewards: th.Tensor
     next_observations: th.Tensor
     continues: th.Tensor
@@ -51,14 +60,16 @@ class Batch(NamedTuple):
 class Data(NamedTuple):
     """A dataset as minibatches are gathered from it, on the model's device.
 
-    The first six are per window, ``(n_windows, ...)``; windows begin at ``first_rows``, and their episodes end at ``last_rows``.
+    The first four are per window, ``(n_windows, ...)``; windows begin at ``first_rows``, and their episodes end at ``last_rows``.
+    The next three are per step, ``(n_steps,)``: near an episode's end there are steps that no window begins with.
 
     :param first_rows: rows of ``observations``
     :param last_rows: rows of ``observations``
     :param actions: in the scaled box [-1, 1]
     :param values: discounted returns, in the env's units
-    :param rewards: of the first step
-    :param continues: 0 where the first step ended in a termination, else 1
+    :param step_rows: rows of ``observations``
+    :param rewards: of the step
+    :param continues: 0 where the step ended in a termination, else 1
     :param observations: flattened, in the env's units, ``(rows, obs_dim)``
     :param is_at_rest: per row: all velocities are nearly zero (true if there are none), ``(rows,)``
     :param stays: false for the velocities, which are 0 beyond an episode's end, ``(obs_dim,)``
@@ -68,6 +79,7 @@ class Data(NamedTuple):
     last_rows: th.Tensor
     actions: th.Tensor
     values: th.Tensor
+    step_rows: th.Tensor
     rewards: th.Tensor
     continues: th.Tensor
     observations: th.Tensor
@@ -90,15 +102,12 @@ class Data(NamedTuple):
         # (batch, horizon, 1) | (obs_dim,) -> (batch, horizon, obs_dim)
         windows = windows * (~is_beyond[..., None] | self.stays)
         is_true = self.is_at_rest[last] | (first + stride <= last)
-        return Batch(
-            windows,
-            self.actions[indices],
-            self.values[indices],
-            is_true,
-            self.rewards[indices],
-            self.observations[first + 1],
-            self.continues[indices],
-        )
+        return Batch(windows, self.actions[indices], self.values[indices], is_true)
+
+    def transitions(self, indices: th.Tensor) -> Transitions:
+        """Steps by their number, ``(batch,)``."""
+        rows = self.step_rows[indices]
+        return Transitions(self.observations[rows], self.rewards[indices], self.observations[rows + 1], self.continues[indices])
 
 
 def prepare_data(dataset: OfflineDataset, actions: np.ndarray, settings: WindowSettings, device: th.device) -> Data:
@@ -119,8 +128,9 @@ def prepare_data(dataset: OfflineDataset, actions: np.ndarray, settings: WindowS
         windows.last_rows,
         actions[steps],
         values(dataset, settings)[steps],
-        rewards(dataset, settings.terminal_reward)[steps],
-        ~dataset.terminations[steps],
+        dataset.observation_rows,
+        rewards(dataset, settings.terminal_reward),
+        ~dataset.terminations,
         dataset.observations,
         is_at_rest,
         stays,
@@ -177,6 +187,8 @@ def check_velocity_indices(velocity_indices: Sequence[int]) -> tuple[int, ...]:
 
     :raises ValueError: if they repeat one, or one is not an integer
     """
+    if isinstance(velocity_indices, (int, str)):
+        raise ValueError(f"`velocity_indices` must be a list of integers, got {velocity_indices!r}.")
     indices = tuple(int(index) for index in velocity_indices)
     if len(set(indices)) < len(indices) or any(int(index) != index for index in velocity_indices):
         raise ValueError(f"`velocity_indices` must be different integers, got {list(velocity_indices)}.")

@@ -1,8 +1,8 @@
 """Diffusion planning."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch as th
@@ -11,7 +11,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from sb3_diffrl.common import OnNonFinite, check_count
+from sb3_diffrl.common import OnNonFinite, check_count, check_number
 from sb3_diffrl.diffusion.process import PredictionType
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics, OfflineAlgorithm
@@ -27,6 +27,23 @@ SelfDiffusionPlanner = TypeVar("SelfDiffusionPlanner", bound="DiffusionPlanner")
 TD_TAU = 0.005
 # Windows that the units of a plan's steps are taken from.
 SCALE_WINDOWS = 10_000
+
+
+# How a policy samples, which may be changed on it.
+SAMPLING: tuple[str, ...] = ("n_candidates", "cg_scale", "cfg_scale", "cfg_target", "num_inference_steps", "num_action_steps")
+SAMPLING += ("temperature",)
+
+
+def check_train_for(names: Sequence[str]) -> Sequence[str]:
+    """The names of guidances.
+
+    :raises ValueError: if one cannot be trained for
+    """
+    unknown = names if isinstance(names, str) else [name for name in names if name not in get_args(TrainedGuidance)]
+    if unknown:
+        choices = " and ".join(map(repr, get_args(TrainedGuidance)))
+        raise ValueError(f"`train_for` is a list of guidances among {choices}, got {names!r}.")
+    return names
 
 
 class Term(NamedTuple):
@@ -84,7 +101,8 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param num_inference_steps: denoising steps of a plan
     :param num_action_steps: denoising steps of an action
     :param temperature: standard deviation of the noise that actions start from, unless they are deterministic
-    :param ema_decay: decay of the moving averages of the weights, which act
+    :param ema_decay: decay of the moving averages of the weights, which act; smaller at first, min(ema_decay, (1 + n) / (10 + n))
+        at the n-th step
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
     :param clip_sample: bound of what is denoised, in standard deviations from the data's mean, ``None`` for none.
         Without one, guidance that is strong finds noise of which the planner makes states far from all data.
@@ -145,8 +163,8 @@ class DiffusionPlanner(OfflineAlgorithm):
         self.terminal_reward, self.value_weight, self.critic = terminal_reward, value_weight, critic
         self._guidance: str = guidance
         # Kept apart from the guidance in use: the networks stay when that changes.
-        named = {guidance, *train_for}
-        self.train_for: tuple[str, ...] = tuple(name for name in ("cg", "cfg") if name in named)
+        named = {guidance, *check_train_for(train_for)}
+        self.train_for: tuple[str, ...] = tuple(name for name in get_args(TrainedGuidance) if name in named)
         self.n_candidates, self.cg_scale = n_candidates, cg_scale
         self.cfg_scale, self.cfg_target, self.cfg_dropout = cfg_scale, cfg_target, cfg_dropout
         self.num_inference_steps, self.num_action_steps = num_inference_steps, num_action_steps
@@ -198,12 +216,28 @@ class DiffusionPlanner(OfflineAlgorithm):
                 'The guidance "cfg" extrapolates from a model without condition, which `cfg_dropout` = 0 never trains.'
             )
         self.velocity_indices = check_velocity_indices(self.velocity_indices)
+        self.value_weight = check_number("value_weight", self.value_weight)
+        if self.terminal_reward is not None:
+            self.terminal_reward = check_number("terminal_reward", self.terminal_reward)
 
     def _policy_arguments(self) -> dict[str, Any]:
-        names = ["horizon", "critic", "guidance", "train_for", "n_candidates", "cg_scale", "cfg_scale", "cfg_target"]
-        names += ["num_inference_steps", "num_action_steps", "temperature", "ema_decay", "timestep_sampler", "clip_sample"]
-        names += ["prediction_type", "relative"]
-        return {**self.policy_kwargs, **{name: getattr(self, name) for name in names}}
+        names = ["horizon", "critic", "train_for", "ema_decay", "timestep_sampler", "clip_sample", "prediction_type", "relative"]
+        arguments = {name: getattr(self, name) for name in (*names, *SAMPLING)} | {"guidance": self._guidance}
+        misplaced = [name for name in self.policy_kwargs if name in arguments]
+        if misplaced:
+            raise ValueError(f"`policy_kwargs` has {misplaced[0]!r}, which is an argument of {type(self).__name__} itself.")
+        return {**self.policy_kwargs, **arguments}
+
+    def _take_sampling(self) -> None:
+        """Take over how the policy samples, which may have been changed on it."""
+        for name in SAMPLING:
+            setattr(self, name, getattr(self.policy, name))
+        self._guidance = self.policy.guidance
+
+    def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
+        """See ``OfflineAlgorithm.save()``."""
+        self._take_sampling()  # the policy is made anew from the model's attributes when the file is loaded
+        super().save(path, exclude, include)
 
     def _prepare_data(self, dataset: OfflineDataset) -> Data:
         assert isinstance(self.action_space, spaces.Box)
@@ -227,12 +261,11 @@ class DiffusionPlanner(OfflineAlgorithm):
 
         :raises ValueError: if there is no such guidance, or the model is not trained for it; the message names those it is
         """
-        return self._guidance
+        return self.policy.guidance
 
     @guidance.setter
     def guidance(self, name: str) -> None:
         self.policy.guidance = name
-        self._guidance = name
 
     def plan(self, observation: Any, deterministic: bool = False) -> np.ndarray:
         """The plans that ``predict()`` would act on.
@@ -253,8 +286,14 @@ class DiffusionPlanner(OfflineAlgorithm):
 
         :param plans: as ``plan()`` gives them, ``(batch, horizon, obs_dim)``
         :return: discounted returns in units of the env's reward, float32, ``(batch,)``
+        :raises ValueError: if they are of another shape
         """
         self.policy.set_training_mode(False)
+        plans = np.asarray(plans, np.float32)
+        if plans.shape[1:] != (self.horizon, self.policy.obs_dim):
+            raise ValueError(
+                f"Plans are (batch, {self.horizon}, {self.policy.obs_dim}), as `plan()` gives them, not {plans.shape}."
+            )
         values = self.policy.value(self.policy.normalizer.normalize(th.as_tensor(plans, device=self.device)))
         in_units: np.ndarray = (values * self.policy.value_scale + self.policy.value_center).cpu().numpy()
         return in_units
@@ -269,7 +308,6 @@ class DiffusionPlanner(OfflineAlgorithm):
         return batch._replace(
             windows=self.policy.normalizer.normalize(batch.windows),
             values=(batch.values - self.policy.value_center) / self.policy.value_scale,
-            next_observations=self.policy.normalizer.normalize(batch.next_observations),
         )
 
     def update(self) -> Metrics:
@@ -333,11 +371,14 @@ class DiffusionPlanner(OfflineAlgorithm):
         if policy.critic_target is None:
             loss = (policy.value(batch.windows) - batch.values).square().mean()
         else:
+            data: Data = self.data
+            indices = th.randint(len(data.step_rows), (self.batch_size,), device=self.device, generator=self.generator)
+            steps, normalize = data.transitions(indices), policy.normalizer.normalize
             center, scale = policy.value_center, policy.value_scale
             with th.no_grad():
-                following = policy.critic_target.states(batch.next_observations) * scale + center
-                target = (batch.rewards + self.discount * batch.continues * following - center) / scale
-            loss = (policy.critic.states(batch.windows[:, 0]) - target).square().mean()  # type: ignore[operator]
+                following = policy.critic_target.states(normalize(steps.next_observations)) * scale + center
+                target = (steps.rewards + self.discount * steps.continues * following - center) / scale
+            loss = (policy.critic.states(normalize(steps.observations)) - target).square().mean()  # type: ignore[operator]
         return Term(loss, {"critic_loss": loss.detach()})
 
     def _noisy_critic_loss(self, batch: Batch) -> Term:

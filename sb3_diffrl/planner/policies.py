@@ -9,7 +9,7 @@ from gymnasium import spaces
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_diffrl.common import check_count
+from sb3_diffrl.common import check_count, check_number
 from sb3_diffrl.diffusion.denoisers import DiT1d, MlpDenoiser
 from sb3_diffrl.diffusion.embeddings import FourierEmbedding, TimeEmbedding
 from sb3_diffrl.diffusion.model import DiffusionModel
@@ -184,7 +184,9 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         self.num_inference_steps = check_count("num_inference_steps", num_inference_steps)
         self.num_action_steps = check_count("num_action_steps", num_action_steps)
         self.n_candidates = check_count("n_candidates", n_candidates)
-        self.temperature, self.cg_scale, self.cfg_scale, self.cfg_target = temperature, cg_scale, cfg_scale, cfg_target
+        self.temperature = check_number("temperature", temperature, 0)
+        self.cg_scale, self.cfg_scale = check_number("cg_scale", cg_scale), check_number("cfg_scale", cfg_scale)
+        self.cfg_target = check_number("cfg_target", cfg_target, -1, 1)
         #: Entries of an observation that a plan changes; a goal stays.
         self.free_dim = self.obs_dim - self.flatten.goal_dim
         self.latent_shape = (horizon - 1, self.free_dim)
@@ -220,7 +222,8 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
             self.ema_decay,
         )
         action_process = DiffusionProcess(make_schedule("squaredcos_cap_v2", ACTION_TIMESTEPS), clip_sample=1.0)
-        action_process.check_sampling(self.num_action_steps, "ddim")
+        if self.num_action_steps > ACTION_TIMESTEPS:
+            raise ValueError(f"`num_action_steps` must be at most {ACTION_TIMESTEPS}, got {self.num_action_steps}.")
         denoiser = MlpDenoiser(self.action_dim, 2 * self.free_dim, self.net_arch, self.activation_fn)
         self.inverse_dynamics = DiffusionModel(denoiser, action_process, self.ema_decay)
         if self.critic_name not in get_args(CriticName):
@@ -273,7 +276,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
 
         :param windows: standardised, ``(n, horizon, obs_dim)``
         """
-        std = (windows - windows[:, :1]).std(dim=0)
+        std = (windows - windows[:, :1]).std(dim=0, correction=0)
         # What never moves keeps its unit
         self.plan_scale.copy_(th.where(self.fixed_mask | (std < MIN_DISPLACEMENT), 1.0, std))
 

@@ -16,6 +16,8 @@ _FULL: dict[str, Any] = {"policy_kwargs": {"d_model": 256, "head_dim": 64}, "ema
 _POINT: dict[str, Any] = {"pad": "last", "velocity_indices": (2, 3), "discount": 0.99}
 # The flattened observation of AntMaze begins with 13 positions, then 14 velocities.
 _ANT: dict[str, Any] = {"pad": "last", "velocity_indices": tuple(range(13, 27)), "discount": 0.997}
+# Franka's: 9 positions and 9 velocities of the robot, 21 positions and 20 velocities of the objects
+_KITCHEN: dict[str, Any] = {"pad": "last", "velocity_indices": (*range(9, 18), *range(39, 59)), "stride": 4}
 _FALLS: dict[str, Any] = {"horizon": 4, "stride": 1, "terminal_reward": -100.0, "value_weight": 2.0}
 
 #: Domain -> size -> keyword arguments of ``DiffusionPlanner`` and ``PG``.
@@ -29,8 +31,8 @@ PRESETS: dict[Domain, dict[Size, dict[str, Any]]] = {
         "paper": {**_FULL, **_ANT, "policy_kwargs": {"d_model": 256, "depth": 8, "head_dim": 64}, "horizon": 40, "stride": 25},
     },
     "kitchen": {
-        "cpu": {**_SMALL, "horizon": 8, "stride": 4, "pad": "last"},
-        "paper": {**_FULL, "horizon": 32, "stride": 4, "pad": "last"},
+        "cpu": {**_SMALL, **_KITCHEN, "horizon": 8},
+        "paper": {**_FULL, **_KITCHEN, "horizon": 32},
     },
     "locomotion": {
         "cpu": {**_SMALL, **_FALLS, "clip_sample": 10.0},

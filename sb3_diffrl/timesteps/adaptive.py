@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch as th
 from torch import nn
 
 from sb3_diffrl.common import check_count, check_positive
 from sb3_diffrl.diffusion.process import DiffusionProcess
+from sb3_diffrl.timesteps import native
 from sb3_diffrl.timesteps.distributed import broadcast, mean_over_processes
 from sb3_diffrl.timesteps.samplers import BoundTerms, Draw, TimestepSampler
 from sb3_diffrl.timesteps.weightings import LossWeighting, WeightingName
 
-# Added to the masses on both sides of a draw
+# Added to the masses on both sides of a draw; as in native/beta_policy.c
 EDGE = 1e-4
 # Times in a cell of the sweep at which the bound's weight is read, in continuous time
 CELL_POINTS = 16
@@ -60,6 +60,12 @@ class BetaPolicy(nn.Module):
             return 0.5  # softplus(0.5) = 0.974
         low, high = (math.log(bound) for bound in self.concentration_range)
         return math.log(-low / high) if low < 0 < high else 0.0
+
+    def linears(self) -> list[nn.Linear] | None:
+        """The layers, with ReLU between them; ``None`` for images, which have others."""
+        if any(isinstance(layer, nn.Conv2d) for layer in self.net):
+            return None
+        return [layer for layer in self.net if isinstance(layer, nn.Linear)]
 
     def concentrations(self, x0: th.Tensor) -> th.Tensor:
         """Both concentrations for a minibatch, ``(batch, ...) -> (batch, 2)``."""
@@ -194,6 +200,8 @@ class AdaptiveTimestepSampler(TimestepSampler):
         self.concentration_range, self.uniform_floor = concentration_range, uniform_floor
         self.importance = float(importance)
         self.net_arch, self.statistics_decay = tuple(net_arch), statistics_decay
+        #: Draw in compiled C where it can; ``False``: always in torch
+        self.use_native = True
 
     @classmethod
     def published(cls, weighting: WeightingName | LossWeighting | None = None) -> Self:
@@ -223,6 +231,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
         device = process.schedule.device
         self.policy = BetaPolicy(x0_shape, self.net_arch, self.concentration_range).to(device)
         broadcast(self.policy.parameters())
+        self._linears = self.policy.linears()
         self.optimizer = th.optim.Adam(self.policy.parameters(), lr=self.learning_rate)
         sweep = self._sweep_timesteps(process).to(device)
         self.n_selected = min(self.n_selected, len(sweep))
@@ -258,55 +267,53 @@ class AdaptiveTimestepSampler(TimestepSampler):
 
     def _draw(self, x0: th.Tensor, generator: th.Generator | None) -> Draw:
         begin = time.perf_counter()
-        concentrations = self.policy.concentrations(x0)
-        # (batch, 2): a Beta variable is the first part of a Dirichlet one, which takes a generator
-        mass = th._sample_dirichlet(concentrations, generator)[:, 0].contiguous()
-        # One uniform number says whether the floor draws, and what.
-        u = th.rand(len(x0), device=x0.device, generator=generator) if self.uniform_floor > 0 else None
-        if x0.device.type == "cpu":
-            # Dozens of operations on one number a row, whose cost is that of the calls: numpy's are the cheaper ones.
-            log_norm = log_norm_of_beta(concentrations).numpy()
-            draws = mass.numpy(), None if u is None else u.numpy(), self.cumulative.numpy()
-            position, weight = map(th.from_numpy, self._place_and_weigh(np, concentrations.numpy(), log_norm, *draws))
-        else:
-            position, weight = self._place_and_weigh(th, concentrations, log_norm_of_beta(concentrations), mass, u, self.cumulative)
+        position, weight = self._draw_compiled(x0, generator) or self._draw_in_torch(x0, generator)
         self._seconds += time.perf_counter() - begin
         return Draw(self.process.schedule.timesteps_at(position / (len(self.cumulative) - 1)), weight, position)
 
-    def _place_and_weigh(self, xp: Any, concentrations: Any, log_norm: Any, mass: Any, u: Any, cumulative: Any) -> tuple[Any, Any]:
-        """Where the draws are in the schedule, in cells of the sweep, and the weights of their losses; each ``(batch,)``.
+    def _draw_compiled(self, x0: th.Tensor, generator: th.Generator | None) -> tuple[th.Tensor, th.Tensor] | None:
+        """What ``_draw_in_torch`` gives, with other random numbers; ``None`` where the compiled code cannot."""
+        layers, bounds = self._linears, self.concentration_range
+        if not self.use_native or layers is None or bounds is None or not native.supports(layers, x0):
+            return None
+        log_range = math.log(bounds[0]), math.log(bounds[1])
+        drawn = native.draw(layers, log_range, x0, self.cumulative, self.uniform_floor, self.importance, generator)
+        return drawn.position, drawn.weight
 
-        :param xp: ``torch`` or ``numpy``, whose arrays the others are
-        :param concentrations: of the Beta, ``(batch, 2)``
-        :param log_norm: of its density, ``(batch,)``
-        :param mass: mass of the base density below each draw of the Beta, ``(batch,)``
-        :param u: uniform numbers, ``(batch,)``; ``None`` without a uniform share
-        :param cumulative: mass of the base density up to the times of the sweep, ``(n_sweep + 1,)``
-        """
-        n = len(cumulative) - 1
-        cell = xp.searchsorted(cumulative[1:-1], mass, side="right")
-        below = cumulative[cell]
-        position = xp.asarray(cell, dtype=mass.dtype) + (mass - below) / (cumulative[cell + 1] - below)
-        if u is not None:
-            position = xp.where(u < self.uniform_floor, u * (n / self.uniform_floor), position)
+    def _draw_in_torch(self, x0: th.Tensor, generator: th.Generator | None) -> tuple[th.Tensor, th.Tensor]:
+        """Where the draws are in the schedule, in cells of the sweep, and the weights of their losses; each ``(batch,)``."""
+        concentrations, n = self.policy.concentrations(x0), len(self.cumulative) - 1
+        # (batch, 2): a Beta variable is the first part of a Dirichlet one, which takes a generator
+        mass = th._sample_dirichlet(concentrations, generator)[:, 0].contiguous()
+        cell = th.searchsorted(self.cumulative[1:-1], mass, right=True)
+        below = self.cumulative[cell]
+        position = cell + (mass - below) / (self.cumulative[cell + 1] - below)
+        if self.uniform_floor > 0:
+            # One uniform number says whether the floor draws, and what.
+            u = th.rand(len(x0), device=x0.device, generator=generator)
+            position = th.where(u < self.uniform_floor, u * (n / self.uniform_floor), position)
         position = position.clip(0, n * (1 - 2**-20))  # rounding may have taken it to n
         if self.importance == 0:
-            return position, xp.ones_like(position)
-        return position, xp.exp(-self.importance * self._log_density(xp, concentrations, log_norm, position, cumulative))
+            return position, th.ones_like(position)
+        return position, th.exp(-self.importance * self._log_density(concentrations, position))
 
-    def _log_density(self, xp: Any, concentrations: Any, log_norm: Any, position: Any, cumulative: Any) -> Any:
-        """Of draws, with the uniform share, ``(batch,)``; arguments as in ``_place_and_weigh``."""
-        n = len(cumulative) - 1
-        cell = xp.asarray(position, dtype=xp.int64)
-        below = cumulative[cell]
-        base = cumulative[cell + 1] - below
-        mass = below + (position - xp.floor(position)) * base
+    def _log_density(self, concentrations: th.Tensor, position: th.Tensor) -> th.Tensor:
+        """Of draws, with the uniform share, ``(batch,)``.
+
+        :param concentrations: of the Beta, ``(batch, 2)``
+        :param position: in cells of the sweep, ``(batch,)``
+        """
+        n, cell = len(self.cumulative) - 1, position.long()
+        below = self.cumulative[cell]
+        base = self.cumulative[cell + 1] - below
+        mass = below + (position - position.floor()) * base
+        log_norm = concentrations.sum(1).lgamma() - concentrations.lgamma().sum(1)
         # EDGE keeps draws at the ends finite
-        log_beta = (concentrations[:, 0] - 1) * xp.log(mass + EDGE) + (concentrations[:, 1] - 1) * xp.log(1 + EDGE - mass)
-        log_density = log_beta + log_norm + xp.log(n * base)
+        log_beta = (concentrations[:, 0] - 1) * th.log(mass + EDGE) + (concentrations[:, 1] - 1) * th.log(1 + EDGE - mass)
+        log_density = log_beta + log_norm + th.log(n * base)
         if self.uniform_floor == 0:
             return log_density
-        return xp.log((1 - self.uniform_floor) * xp.exp(log_density) + self.uniform_floor)
+        return th.log((1 - self.uniform_floor) * th.exp(log_density) + self.uniform_floor)
 
     # ------------------------------------------------------------------ learning
 
@@ -377,12 +384,12 @@ class AdaptiveTimestepSampler(TimestepSampler):
         if self.normalize_reward:
             advantage = advantage / std.clamp(min=1e-12)
         concentrations = th.stack([beta.concentration1, beta.concentration0], dim=1)
-        log_density = self._log_density(th, concentrations, log_norm_of_beta(concentrations), position, self.cumulative)
+        log_density = self._log_density(concentrations, position)
         loss = -(log_density * advantage).mean()
         if self.entropy == "bonus":
             loss = loss - self.ent_coef * entropy.mean()
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._average_gradients()
         nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         self.optimizer.step()
@@ -450,11 +457,6 @@ class AdaptiveTimestepSampler(TimestepSampler):
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
             self._n_steps, self._n_sweeps = state["n_steps"], state["n_sweeps"]
-
-
-def log_norm_of_beta(concentrations: th.Tensor) -> th.Tensor:
-    """Logarithm of what a Beta's density is multiplied by to integrate to 1; concentrations ``(batch, 2)``, result ``(batch,)``."""
-    return concentrations.sum(1).lgamma() - concentrations.lgamma().sum(1)
 
 
 def _check_choice(name: str, value: str | None, *choices: str | None) -> None:
