@@ -72,7 +72,7 @@ def measure(
     return rows
 
 
-def summary(rows: list[tuple[int, str, str, float]], ours: str) -> dict[str, Any]:
+def summary(rows: list[tuple[int, str, str, float]], ours: Sequence[str]) -> dict[str, Any]:
     """Medians over rounds, and the median over rounds of the ratio of our time to each other's in the same round."""
     result: dict[str, Any] = {}
     for task in dict.fromkeys(row[2] for row in rows):
@@ -80,17 +80,24 @@ def summary(rows: list[tuple[int, str, str, float]], ours: str) -> dict[str, Any
         rounds = sorted({r for r, _ in times})
         for name in dict.fromkeys(name for _, name in times):
             entry = {"median_ms": round(statistics.median(times[r, name] for r in rounds), 3)}
-            if name != ours and (rounds[0], ours) in times:
-                entry[f"{ours}_over_this"] = round(statistics.median(times[r, ours] / times[r, name] for r in rounds), 3)
+            for mine in ours:
+                if name not in ours and (rounds[0], mine) in times:
+                    entry[f"{mine}_over_this"] = round(statistics.median(times[r, mine] / times[r, name] for r in rounds), 3)
             result.setdefault(task, {})[name] = entry
     return result
 
 
 def write(
-    name: str, rows: list[tuple[int, str, str, float]], ours: str, arguments: dict[str, Any], command: str, versions: dict[str, str]
+    name: str,
+    rows: list[tuple[int, str, str, float]],
+    ours: Sequence[str],
+    arguments: dict[str, Any],
+    command: str,
+    versions: dict[str, str],
 ) -> None:
     """``results/<name>.csv``, a row a round, contestant and task, and ``<name>.json``: command, versions, medians, ratios.
 
+    :param ours: contestants whose ratio to each of the others is taken
     :param versions: versions of what the package's own environment does not hold
     """
     from provenance import metadata  # not at the top: a contestant's environment may lack torch

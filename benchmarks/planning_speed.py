@@ -160,7 +160,7 @@ def main() -> None:
     if args.cleandiffuser_python:
         command += " --cleandiffuser-python PYTHON --cleandiffuser-dir CLONE"
     arguments = {"threads": THREADS, "rounds": args.rounds, "batch": BATCH, "width": WIDTH}
-    write("planning_speed", rows, "sb3_diffrl", arguments, command, {})
+    write("planning_speed", rows, ["sb3_diffrl"], arguments, command, {})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py --reference-python VENV/bin/python --reference-dir CLONE
 
+``nclql`` computes in float32, ``nclql-bf16`` has chains whose products are rounded (where the processor multiplies bfloat16).
+
 HalfCheetah sizes (17 observations, 6 actions), batch 256, critics 3 x 256, two threads; quote the ratios. Run it while nothing
 else runs. `loop` is a step of `learn()` with one env and one update a step. The reference's loop is made of its own parts, as
 its trainer has them: an action, the env's step, a minibatch from a buffer and an update.
@@ -20,7 +22,7 @@ from contest import Task, measure, serve, write
 
 OBS_DIM, ACTION_DIM, BATCH, WIDTHS, THREADS = 17, 6, 256, [256, 256, 256], 2
 ENV_ID, LOOP_STEPS = "HalfCheetah-v5", 20
-NAMES = ("nclql", "sac", "reference")
+NAMES = ("nclql", "nclql-bf16", "sac", "reference")
 # Name, calls a round, contestants
 TASKS = [("update", 20, NAMES), ("predict 1", 100, NAMES), ("predict 256", 15, NAMES), ("loop", 3, NAMES)]
 
@@ -35,8 +37,11 @@ def sb3_tasks(name: str) -> dict[str, Task]:
     from sb3_diffrl import NCLQL
 
     th.set_num_threads(THREADS)
-    algorithm: Any = {"nclql": NCLQL, "sac": SAC}[name]
-    kwargs = {"batch_size": BATCH, "policy_kwargs": {"net_arch": WIDTHS}, "learning_starts": 1_000, "device": "cpu", "seed": 0}
+    algorithm: Any = SAC if name == "sac" else NCLQL
+    policy_kwargs: dict[str, Any] = {"net_arch": WIDTHS}
+    if name == "nclql-bf16":
+        policy_kwargs["chain_dtype"] = "bfloat16"
+    kwargs = {"batch_size": BATCH, "policy_kwargs": policy_kwargs, "learning_starts": 1_000, "device": "cpu", "seed": 0}
     model: OffPolicyAlgorithm = algorithm("MlpPolicy", gym.make(ENV_ID), **kwargs)
     model.learn(1_001)
     obs = np.random.default_rng(0).normal(size=(BATCH, OBS_DIM)).astype(np.float32)
@@ -104,7 +109,7 @@ def main() -> None:
     if args.worker:
         serve(reference_tasks(args.reference_dir) if args.worker == "reference" else sb3_tasks(args.worker))
         return
-    pythons = {"nclql": sys.executable, "sac": sys.executable}
+    pythons = dict.fromkeys(("nclql", "nclql-bf16", "sac"), sys.executable)
     if args.reference_python:
         pythons["reference"] = args.reference_python
     commands = {
@@ -120,7 +125,7 @@ def main() -> None:
         done = subprocess.run([args.reference_python, "-c", code], capture_output=True, text=True, check=True)
         versions["jax (reference)"] = done.stdout.strip()
     command = "python benchmarks/speed.py" + (" --reference-python PYTHON --reference-dir CLONE" if args.reference_python else "")
-    write("speed", rows, "nclql", {"threads": THREADS, "rounds": args.rounds}, command, versions)
+    write("speed", rows, ("nclql", "nclql-bf16"), {"threads": THREADS, "rounds": args.rounds}, command, versions)
 
 
 if __name__ == "__main__":

@@ -96,15 +96,69 @@ def test_compiled_chain_equals_the_plain_one(
         th.testing.assert_close(actions, expected, atol=2e-5, rtol=0)
 
 
+needs_bfloat16 = pytest.mark.skipif(not library.multiplies_bfloat16(), reason="the processor does not multiply bfloat16")
+PRODUCTS = pytest.mark.parametrize("dtype", [th.float32, pytest.param(th.bfloat16, marks=needs_bfloat16)])
+
+
+@needs_bfloat16
 @ACTIVATIONS
-def test_compiled_chain_does_not_depend_on_its_batch(activation_fn: type[nn.Module]) -> None:
-    critic = make_critic(5, 3, [40, 24], n_levels=4, activation_fn=activation_fn)
+@SIZES
+def test_rounded_products_change_a_step_by_the_rounding(
+    activation_fn: type[nn.Module], net_arch: list[int], n_critics: int, n_levels: int, action_dim: int, batch: int
+) -> None:
+    batch = 200 + batch
+    critic = make_critic(5, action_dim, net_arch, n_critics, n_levels, activation_fn)
+    # Small weights: slopes change little where a value is rounded
+    for parameter in critic.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    features, draws = th.randn(batch, 5), LangevinSampler(n_levels, n_steps=1).draw(batch, action_dim)
+    sampler = LangevinSampler(n_levels, n_steps=1, inverse_temperature=1.0, normalize_grad=False)
+    draws = ChainDraws(th.zeros_like(draws.start), th.zeros_like(draws.noise))
+    exact, rounded = (critic.sample(sampler, features, draws, dtype) for dtype in (th.float32, th.bfloat16))
+    distance = (rounded - exact).norm() / exact.norm()
+    # bfloat16 has 8 significant bits; terms that cancel, and slopes of ReLU that jump, leave more of an error
+    assert 1e-5 < distance < 0.1
+
+
+@PRODUCTS
+@ACTIVATIONS
+def test_compiled_chain_does_not_depend_on_its_batch(activation_fn: type[nn.Module], dtype: th.dtype) -> None:
+    critic = make_critic(5, 3, [41, 24], n_levels=4, activation_fn=activation_fn)
     features, sampler = th.randn(50, 5), LangevinSampler(4)
     draws = sampler.draw(50, 3)
-    together = critic.sample(sampler, features, draws)
+    together = critic.sample(sampler, features, draws, dtype)
     for rows in ([0], [49], [3, 17], list(range(8, 21))):
-        alone = critic.sample(sampler, features[rows], ChainDraws(draws.start[rows], draws.noise[:, :, rows]))
+        alone = critic.sample(sampler, features[rows], ChainDraws(draws.start[rows], draws.noise[:, :, rows]), dtype)
         assert th.equal(alone, together[rows])
+
+
+def test_products_are_rounded_where_asked_for_and_where_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, box = spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,))
+
+    def make(**kwargs: Any) -> LangevinPolicy:
+        return LangevinPolicy(space, box, lambda _: 1e-3, net_arch=[64, 64], **kwargs)
+
+    assert make().product_dtype == th.float32
+    assert make(chain_dtype="bfloat16", backend="torch").product_dtype == th.float32
+    monkeypatch.setattr(library, "multiplies_bfloat16", lambda: False)
+    assert make(chain_dtype="bfloat16").product_dtype == th.float32
+    with pytest.raises(ValueError, match="`chain_dtype` must be one of float32, bfloat16; got 'half'"):
+        make(chain_dtype="half")
+
+
+@needs_bfloat16
+def test_deterministic_actions_are_not_rounded() -> None:
+    space, box = spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,))
+    policies = []
+    for chain_dtype in ("float32", "bfloat16"):
+        th.manual_seed(0)
+        policies.append(LangevinPolicy(space, box, lambda _: 1e-3, net_arch=[64, 64], chain_dtype=chain_dtype))
+    obs = th.randn(30, 4)
+    exact, rounded = (policy.deterministic_actions(obs) for policy in policies)
+    assert th.equal(exact, rounded)
+    draws = policies[0].sampler.draw(30, 2)
+    exact, rounded = (policy.sample_actions(obs, draws) for policy in policies)
+    assert not th.equal(exact, rounded)
 
 
 @ACTIVATIONS

@@ -187,11 +187,12 @@ class LangevinCritic(BaseModel):
         return q_values
 
     @th.no_grad()
-    def sample(self, sampler: LangevinSampler, features: th.Tensor, draws: ChainDraws) -> th.Tensor:
+    def sample(self, sampler: LangevinSampler, features: th.Tensor, draws: ChainDraws, dtype: th.dtype = th.float32) -> th.Tensor:
         """``sampler.sample()`` on the gradient of the critics' sum, in compiled C (see ``native.sample()``).
 
         :param features: ``(batch, features_dim)``
         :param draws: start and noise of ``batch`` chains
+        :param dtype: of what multiplies in the hidden layers
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
         weights, biases = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
@@ -200,7 +201,7 @@ class LangevinCritic(BaseModel):
             embedding = self.level_embedding(th.arange(self.n_levels))
             # (n_critics, n_levels, 16) x (n_critics, 16, width)
             level_terms = th.bmm(embedding, weights[0][:, self.features_dim + self.action_dim :])
-        return native.sample(sampler, type(self.activation), weights, biases, level_terms, features, draws)
+        return native.sample(sampler, type(self.activation), weights, biases, level_terms, features, draws, dtype)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor, levels: th.Tensor | int | None = None) -> tuple[th.Tensor, ...]:
         """Value of each network in units of the env's rewards, as SB3 gives them: ``n_critics`` tensors ``(batch, 1)``.

@@ -215,10 +215,13 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self.actor = self.policy
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
+        # Collected once: walking through the modules costs a tenth of a millisecond.
+        self._weights, self._target_weights = [*self.critic.parameters()], [*self.critic_target.parameters()]
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         if self.verbose >= 1:
-            print(f"Langevin chains: gradient of the critics {BACKENDS[self.policy.chain_backend]}")
+            rounded = ", products in bfloat16" if self.policy.product_dtype == th.bfloat16 else ""
+            print(f"Langevin chains: gradient of the critics {BACKENDS[self.policy.chain_backend]}{rounded}")
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """Do ``gradient_steps`` updates on minibatches from the replay buffer, and log their mean metrics."""
@@ -328,7 +331,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         return norm
 
     def _check_gradient(self, loss: th.Tensor, name: str) -> th.Tensor:
-        return check_gradient(loss, self.critic.parameters(), self.critic, f"env step {self.num_timesteps}", {name: loss})
+        return check_gradient(loss, self._weights, self.critic, f"env step {self.num_timesteps}", {name: loss})
 
     def _choose_update(self) -> Callable[[ReplayBufferSamples, UpdateDraws], Metrics]:
         if self.policy.chain_backend != "cuda_graphs":
@@ -344,7 +347,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self._skipped_in_a_row += 1
 
     def _update_target(self) -> None:
-        polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+        polyak_update(self._weights, self._target_weights, self.tau)
         # Running statistics are copied as they are, see https://github.com/DLR-RM/stable-baselines3/issues/996
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
@@ -492,7 +495,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         rebuilt = ["actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
-        return [*super()._excluded_save_params(), *rebuilt, "_logged_obs", "_graphed_update"]
+        return [*super()._excluded_save_params(), *rebuilt, "_logged_obs", "_graphed_update", "_weights", "_target_weights"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "critic.optimizer"], []

@@ -10,7 +10,7 @@ from torch import nn
 
 from sb3_diffrl.lql.activations import Mish
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
-from sb3_diffrl.native.library import ints, load, long_array, longs, pointer_array, pointers, work_memory
+from sb3_diffrl.native.library import ints, load, long_array, longs, multiplies_bfloat16, pointer_array, pointers, work_memory
 
 MAX_HIDDEN, MAX_CRITICS = 16, 64
 # Rows of a first layer that take the embedding of the noise level, as wide as the critic makes it
@@ -24,7 +24,7 @@ class _Chain(ctypes.Structure):
     # struct chain of langevin.c
     _fields_ = (
         *longs("n_critics", "features_dim", "action_dim", "first_rows", "n_hidden", "n_levels", "n_steps", "batch"),
-        *ints("activation", "normalize"),
+        *ints("activation", "normalize", "factors"),
         *pointers("widths", "weights", "biases", "level_terms", "drift_scales", "noise_scales", "features", "noise", "actions"),
     )
 
@@ -69,6 +69,7 @@ def sample(
     level_terms: th.Tensor | None,
     features: th.Tensor,
     draws: ChainDraws,
+    dtype: th.dtype = th.float32,
 ) -> th.Tensor:
     """``sampler.sample()`` on the gradient of the critics' sum.
 
@@ -80,11 +81,14 @@ def sample(
     :param level_terms: what each noise level adds to the first layer, ``(n_critics, n_levels, width)``
     :param features: ``(batch, features_dim)``
     :param draws: start and noise of ``batch`` chains
+    :param dtype: of what multiplies in the hidden layers, float32 or, where ``multiplies_bfloat16()``, bfloat16; sums, activations
+        and the layer that sees the actions are in float32
     :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
     :raises RuntimeError: if widths do not fit, as in torch
     """
     library = load()
     assert library is not None, "no compiled library: see `load()`"
+    assert dtype == th.float32 or multiplies_bfloat16()
     weights, biases = ([tensor.detach().contiguous() for tensor in tensors] for tensors in (weights, biases))
     scales = _scales(sampler)
     features, noise, actions = features.float().contiguous(), draws.noise.float().contiguous(), draws.start.float().clone()
@@ -109,6 +113,7 @@ def sample(
         batch,
         ACTIVATIONS[activation],
         sampler.normalize_grad,
+        dtype == th.bfloat16,
         *map(ctypes.addressof, arrays),
         None if level_terms is None else level_terms.data_ptr(),
         scales[0].data_ptr(),
@@ -125,7 +130,7 @@ def sample(
 
 class _StackedMlp(th.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, activation: type[nn.Module], inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+    def forward(ctx: Any, activation: type[nn.Module], learns: bool, inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
         library = load()
         assert library is not None, "no compiled library: see `load()`"
         weights = [weight.detach().contiguous() for weight in parameters[::2]]
@@ -139,8 +144,8 @@ class _StackedMlp(th.autograd.Function):
         arrays = [long_array(widths), pointer_array(weights), pointer_array(biases)]
         pointers = [*map(ctypes.addressof, arrays), inputs.data_ptr()]
         mlp = _Mlp(n_models, batch, len(weights), ACTIVATIONS[activation], inputs.ndim == 2, *pointers)
-        saved = th.empty(library.mlp_saved_floats(ctypes.byref(mlp)))
-        mlp.saved, mlp.outputs = saved.data_ptr(), outputs.data_ptr()
+        saved = th.empty(library.mlp_saved_floats(ctypes.byref(mlp)) if learns else 0)
+        mlp.saved, mlp.outputs = saved.data_ptr() if learns else None, outputs.data_ptr()
         memory = work_memory(library.mlp_memory_floats(ctypes.byref(mlp)))
         library.mlp_forward(ctypes.byref(mlp), memory.data_ptr(), min(th.get_num_threads(), n_models))
         # The struct points into all of these
@@ -156,7 +161,7 @@ class _StackedMlp(th.autograd.Function):
         output_gradient = output_gradient.float().contiguous()
         gradients = [th.empty_like(tensor) for tensor in (*weights, *biases)]
         weight_gradients, bias_gradients = gradients[: len(weights)], gradients[len(weights) :]
-        input_gradient = th.empty(mlp.n_models, *inputs.shape[-2:]) if ctx.needs_input_grad[1] else None
+        input_gradient = th.empty(mlp.n_models, *inputs.shape[-2:]) if ctx.needs_input_grad[2] else None
         arrays = [pointer_array(weight_gradients), pointer_array(bias_gradients)]
         mlp.output_gradient = output_gradient.data_ptr()
         mlp.weight_gradients, mlp.bias_gradients = map(ctypes.addressof, arrays)
@@ -166,7 +171,7 @@ class _StackedMlp(th.autograd.Function):
         if input_gradient is not None and mlp.shared_inputs:
             input_gradient = input_gradient.sum(0)
         parameters = [gradient for pair in zip(weight_gradients, bias_gradients, strict=True) for gradient in pair]
-        return (None, input_gradient, *parameters)
+        return (None, None, input_gradient, *parameters)
 
 
 def stacked_mlp(
@@ -182,5 +187,5 @@ def stacked_mlp(
     :raises RuntimeError: if widths do not fit, as in torch
     """
     parameters = [parameter for pair in zip(weights, biases, strict=True) for parameter in pair]
-    outputs: th.Tensor = _StackedMlp.apply(activation, inputs, *parameters)  # type: ignore[no-untyped-call]
+    outputs: th.Tensor = _StackedMlp.apply(activation, th.is_grad_enabled(), inputs, *parameters)  # type: ignore[no-untyped-call]
     return outputs

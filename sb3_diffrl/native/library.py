@@ -106,9 +106,16 @@ def load() -> ctypes.CDLL | None:
     for name in ("langevin_run", "mlp_forward", "mlp_backward", "transformer_run", "perceptron_run"):
         _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None)
     _declare(library.beta_policy_run, [ctypes.c_void_p] * 2, None)
+    _declare(library.has_bf16_products, [], ctypes.c_int)
     for name in ("transformer_pack", "perceptron_pack"):
         _declare(getattr(library, name), [ctypes.c_void_p] * 4, None)
     return library
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether compiled code multiplies bfloat16: the processor must (AVX512-BF16)."""
+    library = load()
+    return library is not None and bool(library.has_bf16_products())
 
 
 def _declare(function: Any, argtypes: list[Any], restype: Any) -> None:

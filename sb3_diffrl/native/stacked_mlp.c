@@ -9,7 +9,7 @@ struct mlp {
     const float *const *weights;  /* n_layers arrays (n_models, in, out) */
     const float *const *biases;   /* n_layers arrays (n_models, out) */
     const float *inputs;          /* (n_models, batch, in), or (batch, in) if shared */
-    float *saved;                 /* mlp_saved_floats(): values and slopes of the hidden layers, from forwards to backwards */
+    float *saved;                 /* mlp_saved_floats(): values and slopes of the hidden layers, from forwards to backwards, or NULL */
     float *outputs;               /* (n_models, batch, out) */
     const float *output_gradient; /* same shape */
     float *const *weight_gradients, *const *bias_gradients; /* of the shapes of weights and biases */
@@ -39,7 +39,7 @@ static void load_rows(const float *rows, long n_rows, long n, long ld, float *bl
 static const float *inputs_of(const struct mlp *m, long q) { return m->inputs + (m->shared_inputs ? 0 : q * m->batch * m->widths[0]); }
 
 static long forward_floats(const struct mlp *m) {
-    long total = 2 * BLOCK_ROWS * row_length(m);
+    long total = 4 * BLOCK_ROWS * row_length(m);
     for (long i = 0; i < m->n_layers; i++) total += (m->widths[i] + 1) * padded(m->widths[i + 1]);
     return total;
 }
@@ -48,6 +48,7 @@ static void forward(const struct mlp *m, long q, float *memory) {
     long ld = row_length(m), last = m->n_layers - 1;
     float *next = memory, *packed[MAX_HIDDEN + 1], *bias[MAX_HIDDEN + 1];
     float *block = take_zeros(&next, BLOCK_ROWS * ld), *result = take(&next, BLOCK_ROWS * ld);
+    float *unsaved[2] = {take(&next, BLOCK_ROWS * ld), take(&next, BLOCK_ROWS * ld)};
     for (long i = 0; i <= last; i++) {
         long in = m->widths[i], out = m->widths[i + 1];
         packed[i] = take(&next, in * padded(out));
@@ -60,12 +61,13 @@ static void forward(const struct mlp *m, long q, float *memory) {
         load_rows(inputs_of(m, q) + begin * m->widths[0], rows, m->widths[0], ld, block);
         const float *from = block;
         for (long i = 0; i < last; i++) {
-            float *value = saved_value(m, q, i) + begin * ld;
-            struct epilogue e = {.bias = bias[i], .value = value, .slope = value + saved_of_layer(m)};
+            float *value = m->saved ? saved_value(m, q, i) + begin * ld : unsaved[i % 2];
+            struct epilogue e = {.bias = bias[i], .value = value, .slope = m->saved ? value + saved_of_layer(m) : NULL};
             ACTIVATED[m->activation](rows, m->widths[i], padded(m->widths[i + 1]), from, ld, packed[i], ld, e);
             from = value;
         }
-        linear_layer(rows, m->widths[last], padded(out), from, ld, packed[last], ld, (struct epilogue){.bias = bias[last], .value = result});
+        layer_function *output_layer = out <= LANES ? narrow_layer : linear_layer;
+        output_layer(rows, m->widths[last], padded(out), from, ld, packed[last], ld, (struct epilogue){.bias = bias[last], .value = result});
         float *outputs = m->outputs + (q * m->batch + begin) * out;
         for (long r = 0; r < rows; r++) memcpy(outputs + r * out, result + r * ld, sizeof(float) * out);
     }
