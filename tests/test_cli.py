@@ -1,5 +1,6 @@
 """The command line: what each command does and leaves, repeats, goes on with, and says when something is wrong."""
 
+import argparse
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import torch as th
 from stable_baselines3.common.monitor import load_results
 
 from sb3_diffrl import NCLQL, DiffusionBC
-from sb3_diffrl.cli import main, make_parser
+from sb3_diffrl.cli import main, make_parser, playing
 from sb3_diffrl.configs import load_yaml
 from tests.cli_tools import DATASET, ONLINE, say, train_offline, train_online
 from tests.zoo_process import gymnasium_put_back  # noqa: F401
@@ -75,6 +76,15 @@ def test_from_repeats_a_run_in_a_folder_of_its_own(run: Path, logs: Path) -> Non
     assert load_yaml(again / "Pendulum-v1" / "config.yml") == load_yaml(run / "Pendulum-v1" / "config.yml")
 
 
+def test_from_takes_what_is_typed_before_what_was_recorded(run: Path, tmp_path: Path) -> None:
+    assert main(["train", "--from", str(run), "-f", str(tmp_path), "-n", "60", "--eval-freq", "30", "-v", "0"]) == 0
+    (again,) = (tmp_path / "nclql").iterdir()
+    args = load_yaml(again / "Pendulum-v1" / "args.yml")
+    assert (args["eval_freq"], args["n_timesteps"]) == (30, 60)
+    assert (args["eval_episodes"], args["device"], args["num_threads"]) == (1, "cpu", 1)  # as in the run
+    assert np.load(again / "evaluations.npz")["timesteps"].tolist() == [30, 60]
+
+
 def test_evaluate_gives_the_returns(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a" / "scores.json"
     printed = say(capsys, "evaluate", run, "-n", 2, "-o", out, "-w", "TimeLimit:max_episode_steps=7")
@@ -82,6 +92,8 @@ def test_evaluate_gives_the_returns(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert scores["lengths"] == [7, 7]
     assert scores["mean_return"] == pytest.approx(np.mean(scores["returns"]))
     assert f"return {scores['mean_return']:.2f}" in printed
+    for i, value in enumerate(scores["returns"], 1):
+        assert f"episode {i}: return {value:.2f}, 7 steps" in printed
     # The same by names, and by the best model
     by_name = say(capsys, "evaluate", "--algo", "nclql", "--env", "Pendulum-v1", "-f", run.parent.parent, "--exp-id", 1, "-n", 2,
                   "-w", "TimeLimit:max_episode_steps=7")  # fmt: skip
@@ -124,6 +136,16 @@ def test_offline_agents_fit_the_same_layout(algo: str, on_disk: None, tmp_path: 
     printed = say(capsys, "evaluate", "--algo", algo, "--dataset", DATASET, "-f", tmp_path, "-n", 1, "-w",
                   "TimeLimit:max_episode_steps=3")  # fmt: skip
     assert "normalised score" in printed
+
+
+@pytest.mark.parametrize("algo", ["diffusion_bc", "planner", "pg"])
+def test_densities_of_offline_agents(
+    algo: str, on_disk: None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train_offline(tmp_path, algo, "--params", "timestep_sampler:logit_normal")
+    say(capsys, "plot", "timesteps", folder, "-o", tmp_path / "densities.png")
+    assert (tmp_path / "densities.png").stat().st_size > 5_000
+    assert "diffusion_bc, planner and pg" in say(capsys, "plot", "timesteps", run, code=1)
 
 
 def test_offline_evaluation_in_another_env(on_disk: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +212,10 @@ def test_tune_finds_settings_that_train_reads(tmp_path: Path, capsys: pytest.Cap
     best = tmp_path / "nclql" / "tune-Pendulum-v1_1" / "best.yml"
     entry = load_yaml(best)["Pendulum-v1"]
     assert {"gamma", "learning_rate", "reward_scale", "tau", "policy_kwargs"} <= set(entry)
+    described, args = (load_yaml(best.parent / "Pendulum-v1" / f"{name}.yml") for name in ("run", "args"))
+    assert described["seed"] == 0
+    assert "torch" in described["versions"]
+    assert args["n_trials"] == 2
     words[words.index("--n-trials") + 1] = 1
     say(capsys, *words)  # the same study goes on
     import optuna
@@ -199,6 +225,91 @@ def test_tune_finds_settings_that_train_reads(tmp_path: Path, capsys: pytest.Cap
     assert len(optuna.load_study(storage=journal, study_name=study).trials) == 3
     folder = train_online(tmp_path, "--config", best)
     assert load_yaml(folder / "Pendulum-v1" / "config.yml")["tau"] == entry["tau"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_search_that_is_stopped_says_how_it_goes_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "sb3_diffrl", "tune", "--algo", "nclql", "--env", "Pendulum-v1", "-n", "100000"]
+    command += ["-f", str(tmp_path), *(word for word in ONLINE if word != "--no-progress")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    study = tmp_path / "nclql" / "tune-Pendulum-v1_1" / "study.log"
+    deadline = time.monotonic() + 120
+    # Until a trial runs: its number is in the study.
+    while not (study.exists() and '"op_code":4' in study.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == code, printed
+    assert f"--storage {study} --study-name nclql-Pendulum-v1" in printed
+
+
+def test_an_env_of_a_package_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_envs.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "gym.register('OwnPendulum-v0', PendulumEnv, max_episode_steps=4)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = train_online(tmp_path, "--eval-freq", -1, env="own_envs:OwnPendulum-v0", n=60)
+    assert run.name == "OwnPendulum-v0_1"
+    assert f"evaluate {run} --trust" in capsys.readouterr().out
+    assert "4 steps each" in say(capsys, "evaluate", run, "-n", 1, "--trust")
+    by_name = ["evaluate", "--algo", "nclql", "--env", "own_envs:OwnPendulum-v0", "-f", tmp_path, "-n", 1]
+    # A folder does not say which packages are imported.
+    for words in (["evaluate", run, "-n", 1], by_name, ["train", "--from", run, "-f", tmp_path]):
+        assert "--trust" in say(capsys, *words, code=1)
+
+
+def test_gymnasium_robotics_needs_no_package_before_its_ids(tmp_path: Path) -> None:
+    train_online(tmp_path, "--eval-freq", -1, "--params", "policy:MultiInputPolicy", env="PointMaze_UMaze-v3", n=60)
+
+
+def test_an_env_does_not_take_any_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--algo", "nclql", "--env", "Pendulum-v1", "-f", tmp_path, "--env-kwargs", "gravity:3"]
+    assert "unexpected keyword argument 'gravity'" in say(capsys, *words, code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "extra"),
+    [
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-tb", "tb"], "tensorboard", "tensorboard"),
+        (["train", "--algo", "nclql", "--env", "PointMaze_Absent-v3"], "gymnasium_robotics", "robotics"),
+    ],
+)
+def test_what_an_option_needs_is_named(
+    words: list[str], module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f'pip install "sb3_diffrl[{extra}]"' in say(capsys, *words, code=1)
+
+
+def test_a_graphics_library_that_is_missing_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'glGetError'")
+
+    monkeypatch.setattr(playing, "_play", fails)
+    monkeypatch.setattr(playing, "find_library", lambda _: None)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert "apt-get install libosmesa6" in say(capsys, "record", run, "-o", tmp_path, code=1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "left"), [("pointmaze/umaze-v0", "begins anew"), ("hopper/medium-v0", "goes on from the last")]
+)
+def test_a_dataset_that_is_stopped_says_what_is_left(
+    dataset: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sb3_diffrl.offline import makers
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(makers, "make_dataset", stopped)
+    assert left in say(capsys, "dataset", "make", f"sb3-diffrl/{dataset}", "--cache", tmp_path, code=130)
 
 
 def test_dataset_record_info_list(run: Path, on_disk: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +329,16 @@ def test_dataset_record_info_list(run: Path, on_disk: None, capsys: pytest.Captu
         (["train", "--algo", "nclq", "--env", "Pendulum-v1"], "nclql"),
         (["train", "--algo", "nclql", "--env", "Pendulum-v2"], "Pendulum-v1"),
         (["train", "--algo", "nclql"], "--env"),
+        (["train", "--algo", "nclql", "--env", "absent_package:X-v0"], "absent_package"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-p", "learing_rate:1e-3"], "Nearest: learning_rate"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-p", "policy_kwargs:dict(net_arc=[8])"], "Nearest: net_arch"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-p", "policy:MlpPolcy"], "Nearest: MlpPolicy"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-p", "noise_type:norml"], "Nearest: normal"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-p", "noise_type:normal"], "noise_std"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-p", "seed:1"], "--seed"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-w", "TimeLimit:max_steps=3"], "Nearest: max_episode_steps"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-w", "gymnasium.wrappers.TimeLimt"], "Nearest: TimeLimit"),
+        (["train", "--algo", "nclql", "--env", "Pendulum-v1", "-w", "absent_package.Wrapper"], "cannot be imported"),
         (["train", "--algo", "pg", "--env", "Hopper-v5"], "--dataset"),
         (["train", "--algo", "sac", "--dataset", DATASET], "--env"),
         (["train", "--algo", "pg", "--dataset", "sb3-diffrl/pointmaze/umaze-v7"], "not on disk"),
@@ -251,6 +372,7 @@ def test_errors_say_what_to_do(
         (["trian"], "train"),
         (["train", "--alg0", "x"], "--algo"),
         (["evaluate", "x", "-w", "TimeLimt"], "TimeLimit"),
+        (["evaluate", "x", "--device", "cdua"], "cuda"),
         ([], "COMMAND"),
     ],
 )
@@ -269,6 +391,20 @@ def test_every_command_has_help(words: list[str], capsys: pytest.CaptureFixture[
         main([*words, "--help"])
     assert end.value.code == 0
     assert "usage: sb3-diffrl" in capsys.readouterr().out
+
+
+def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    kinds = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(found for choices in kinds for inner in choices.values() for found in parsers(inner))]
+
+
+def test_every_option_of_every_command_is_explained() -> None:
+    found = parsers(make_parser())
+    assert len(found) == 18
+    for parser in found:
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                assert action.help, f"{parser.prog} {action.option_strings or action.dest}"
 
 
 def test_list_names_algorithms_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,19 @@ def test_wrappers_that_change_spaces_belong_in_training(
         assert "train --wrapper" in message
 
 
+@pytest.mark.parametrize("names", OTHER)
+def test_an_offline_agent_sees_what_its_dataset_holds(names: str, offline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", offline, "-n", 1, *stack(f"{SHORT}|{names}")]
+    if names.startswith("RescaleAction"):  # to what the maze has
+        assert "6 steps each" in say(capsys, *words)
+        return
+    message = say(capsys, *words, code=1)
+    # Two of these do not take observations of several parts.
+    few = ("NormalizeObservation", "RescaleObservation")
+    assert ("does not take the wrappers" if names.startswith(few) else "sees what the dataset holds") in message
+    assert "train --wrapper" not in message
+
+
 def test_training_ends_episodes_where_the_wrapper_does(logs: Path) -> None:
     """Evaluations inside training return, and Monitor writes the episodes that the agent saw."""
     run = train_online(logs, "--eval-freq", 30, "-w", SHORT, n=60)

@@ -175,3 +175,23 @@ def test_rl_zoos_own_settings_are_understood_as_data() -> None:
                 assert not isinstance(resolved.get("policy_kwargs", {}), str)
     assert {task.split("-")[0] for task in refused} <= {"CarRacing"}  # they need a package of their own, `ae`
     assert {task.split("-")[0] for task in missing} <= {"MiniGrid", "donkey"}  # not installed; of an older Gymnasium
+
+
+def test_rl_zoos_own_settings_have_no_wrong_names() -> None:
+    import rl_zoo3
+
+    from sb3_diffrl.zoo.names import check_names
+
+    n_right, wrong = 0, []
+    for path in sorted((Path(rl_zoo3.__file__).parent / "hyperparams").glob("*.yml")):
+        for task, entry in load_yaml(path).items():
+            if path.stem not in rl_zoo3.ALGOS:
+                continue  # of hindsight, without an algorithm of its own
+            try:
+                check_names(path.stem, entry)
+                n_right += 1
+            except ValueError as error:
+                if "cannot be imported" not in str(error):
+                    wrong.append((path.stem, task))
+    assert n_right > 200
+    assert wrong == [("ppo_lstm", "default")]  # it has no MlpPolicy

@@ -9,10 +9,6 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from gymnasium.error import DependencyNotInstalled
-
-from sb3_diffrl.cli.arguments import Parser, Subparsers
-
 __all__ = ["main", "make_parser"]
 
 #: What a shell reports for a program that Ctrl-C ended.
@@ -20,9 +16,17 @@ INTERRUPTED = 130
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Parser of the whole command."""
+    """Parser of the whole command.
+
+    :raises ImportError: if what every command needs is not installed, with what gives it
+    """
+    try:
+        import yaml  # noqa: F401
+    except ImportError as error:
+        raise ImportError('The command needs RL Zoo: pip install "sb3_diffrl[zoo]"') from error
     from sb3_diffrl import __version__
     from sb3_diffrl.cli import datasets, listing, playing, plotting, training
+    from sb3_diffrl.cli.arguments import Parser, Subparsers
 
     parser = Parser(
         prog="sb3-diffrl",
@@ -43,19 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: in place of the command line's
     :return: exit code: 0, 1 after an error, 2 for a wrong command line, 130 after Ctrl-C, 143 after SIGTERM
     """
-    args = make_parser().parse_args(arguments)
     if threading.current_thread() is not threading.main_thread():
-        return _run(args)
+        return _run(arguments)
     # Python would end on the spot, and leave behind what is half-written.
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _run(args)
+        return _run(arguments)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(arguments: Sequence[str] | None) -> int:
+    traceback = False
     try:
+        args = make_parser().parse_args(arguments)
+        traceback = args.traceback
         return int(args.run(args) or 0)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
@@ -64,11 +70,20 @@ def _run(args: argparse.Namespace) -> int:
         # The reader of our output has gone, as `| head` does; nothing more may be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, DependencyNotInstalled) as error:
-        if args.traceback:
+    except Exception as error:
+        if traceback or not _speaks_for_itself(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    """Whether an error is the user's to mend, and not one of the program."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    from gymnasium.error import DependencyNotInstalled
+
+    return isinstance(error, DependencyNotInstalled)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001

@@ -86,6 +86,23 @@ def _full_name(name: str) -> str:
     raise argparse.ArgumentTypeError(f"there is no gymnasium.wrappers.{name}.{nearest(name, gymnasium.wrappers.__all__)}")
 
 
+def parse_device(text: str) -> str:
+    """A device of PyTorch, or ``auto``.
+
+    :raises argparse.ArgumentTypeError: if PyTorch has no such kind
+    """
+    if text not in ("auto", "cpu"):
+        import torch as th
+
+        try:
+            th.device(text)
+        except RuntimeError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no device of PyTorch.{nearest(text, ('auto', 'cpu', 'cuda', 'cuda:0', 'mps'))}"
+            ) from None
+    return text
+
+
 def add_logs(parser: argparse.ArgumentParser) -> None:
     """``--logs``."""
     parser.add_argument("-f", "--logs", type=Path, default=Path("logs"), metavar="FOLDER", help="folder of runs (default: logs)")
@@ -106,5 +123,5 @@ def add_wrappers(parser: argparse.ArgumentParser) -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """``--device``, ``--num-threads``."""
-    parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda ... (default: auto)")
+    parser.add_argument("--device", type=parse_device, default="auto", help="where to compute: auto, cpu, cuda ... (default: auto)")
     parser.add_argument("--num-threads", type=int, default=-1, help="threads of PyTorch; small networks are fastest with 1")

@@ -19,9 +19,11 @@ ALGORITHMS = {
 def add_commands(commands: Subparsers) -> None:
     """Add the command."""
     parser = commands.add_parser(
-        "list", help="algorithms, and the tasks that there are settings for", description="List algorithms."
+        "list",
+        help="algorithms, and the tasks that there are settings for",
+        description="List the package's algorithms with the tasks that it has settings for, or print one algorithm's settings.",
     )
-    parser.add_argument("algo", nargs="?", help="show the settings of this one")
+    parser.add_argument("algo", nargs="?", help="print the settings of this one, e.g. nclql")
     parser.set_defaults(run=run_list)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import warnings
+from ctypes.util import find_library
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def _add(commands: Subparsers, name: str, text: str, n_episodes: int) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run(parser)
-    parser.add_argument("-n", "--n-episodes", type=int, default=n_episodes, help=f"default: {n_episodes}")
+    parser.add_argument("-n", "--n-episodes", type=int, default=n_episodes, help=f"episodes (default: {n_episodes})")
     parser.add_argument("--seed", type=int, default=0, help="seed of env and actions (default: 0)")
     parser.add_argument("--stochastic", action="store_true", help="draw actions, in place of the deterministic ones")
     add_wrappers(parser)
@@ -95,11 +96,10 @@ def _play(args: argparse.Namespace, wrappers: list[Any], render_mode: str | None
 
         def show(local: dict[str, Any], _: dict[str, Any]) -> None:
             nonlocal seen
-            if len(local["episode_rewards"]) > seen:
-                seen = len(local["episode_rewards"])
-                print(
-                    f"episode {seen}: return {local['episode_rewards'][-1]:.2f}, {local['episode_lengths'][-1]} steps", flush=True
-                )
+            while seen < len(local["episode_rewards"]):
+                value, length = local["episode_rewards"][seen], local["episode_lengths"][seen]
+                seen += 1
+                print(f"episode {seen}: return {value:.2f}, {length} steps", flush=True)
 
         returns, lengths = evaluate_policy(
             model, env, args.n_episodes, not args.stochastic, callback=show, return_episode_rewards=True, warn=False
@@ -108,6 +108,7 @@ def _play(args: argparse.Namespace, wrappers: list[Any], render_mode: str | None
         env.close()
     assert isinstance(returns, list)
     assert isinstance(lengths, list)
+    show({"episode_rewards": returns, "episode_lengths": lengths}, {})  # SB3 calls it before an episode counts: the last is left
     return [float(value) for value in returns], [int(length) for length in lengths], run
 
 
@@ -179,10 +180,26 @@ def _film(args: argparse.Namespace, folder: Path) -> int:
             "disable_logger": True,
         }
     }
-    _report(*_play(args, [*(args.wrapper or []), recorder], "rgb_array"))
+    try:
+        _report(*_play(args, [*(args.wrapper or []), recorder], "rgb_array"))
+    except (AttributeError, ImportError, RuntimeError) as error:
+        # What PyOpenGL raises without its library is no message.
+        if (missing := _missing_renderer()) is None:
+            raise
+        raise OSError(missing) from error
     for path in sorted(set(folder.glob("*.mp4")) - before):
         print(path)
     return 0
+
+
+def _missing_renderer() -> str | None:
+    """What to install if the library is missing by which MuJoCo is to render."""
+    chosen = os.environ.get("MUJOCO_GL", "")
+    libraries = {"egl": ("EGL", "libegl1 libgl1-mesa-dri", "osmesa"), "osmesa": ("OSMesa", "libosmesa6", "egl")}
+    if chosen not in libraries or find_library(libraries[chosen][0]):
+        return None
+    name, packages, other = libraries[chosen]
+    return f"MuJoCo renders by {name}, which is not installed: apt-get install {packages} (or MUJOCO_GL={other})."
 
 
 def _free_prefix(folder: Path) -> str:

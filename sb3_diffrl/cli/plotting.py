@@ -41,29 +41,38 @@ def add_commands(commands: Subparsers) -> None:
     landscape = _add(
         kinds, "q-landscape", "critic's values of a state's actions with Langevin chains on them; .gif shows them walk"
     )
-    add_run(landscape)
-    landscape.add_argument("--dims", type=int, nargs="+", default=[0, 1], help="dimensions of the action (default: 0 1)")
+    _add_agent(landscape)
+    landscape.add_argument("--dims", type=int, nargs="+", default=[0, 1], help="one or two dimensions of the action (default: 0 1)")
     landscape.add_argument("--at-step", type=int, default=0, help="env step of an episode at which to look (default: 0)")
-    landscape.add_argument("--n-chains", type=int, default=32, help="default: 32")
+    landscape.add_argument("--n-chains", type=int, default=32, help="chains to run (default: 32)")
     landscape.set_defaults(run=run_landscape)
 
     plans = _add(kinds, "plans", "plans of a planner over its maze")
-    add_run(plans)
+    _add_agent(plans)
     plans.add_argument("--n-plans", type=int, default=16, help="plans from each start (default: 16)")
     plans.add_argument("--n-starts", type=int, default=4, help="starts (default: 4)")
     plans.set_defaults(run=run_plans)
 
-    timesteps = _add(kinds, "timesteps", "density of the diffusion times that DiffusionBC agents train on")
-    timesteps.add_argument("folders", nargs="+", type=Path, metavar="RUN")
+    timesteps = _add(kinds, "timesteps", "density of the diffusion times that offline agents train on")
+    timesteps.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folders of offline agents' runs, one line each")
+    _add_seed(timesteps)
     timesteps.set_defaults(run=run_timesteps)
 
 
 def _add(kinds: Subparsers, name: str, text: str) -> Parser:
     parser = kinds.add_parser(name, help=text, description=f"Draw {text}.")
     parser.add_argument("-o", "--output", type=Path, default=Path(f"{name}.png"), help=f"file to write (default: {name}.png)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust", action="store_true", help="run code that files name or hold: configurations, pickles")
     return parser
+
+
+def _add_agent(parser: Parser) -> None:
+    add_run(parser)
+    _add_seed(parser)
+    parser.add_argument("--trust", action="store_true", help="run code that files name or hold: configurations, pickles")
+
+
+def _add_seed(parser: Parser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn at random (default: 0)")
 
 
 def _said(path: Path) -> int:
@@ -124,13 +133,17 @@ def run_timesteps(args: argparse.Namespace) -> int:
     """``plot timesteps``."""
     import sb3_diffrl.zoo  # noqa: F401
     from sb3_diffrl.bc import DiffusionBC
+    from sb3_diffrl.planner import DiffusionPlanner
     from sb3_diffrl.plots import plot_timesteps
+    from sb3_diffrl.zoo import ALGORITHMS
     from sb3_diffrl.zoo.runs import Run
 
     models = {}
     for folder in args.folders:
         run = Run.open(folder)
-        if run.algo != "diffusion_bc":
-            raise ValueError(f"{folder} is a run of {run.algo}: densities are for diffusion_bc.")
-        models[f"{run.hyperparams.get('timestep_sampler', 'uniform')} ({folder.name})"] = DiffusionBC.load(run.model_path())
+        algorithm = ALGORITHMS.get(run.algo)
+        if algorithm is None or not issubclass(algorithm, (DiffusionBC, DiffusionPlanner)):
+            raise ValueError(f"{folder} is a run of {run.algo}: densities are for diffusion_bc, planner and pg.")
+        name = f"{run.algo}, {run.hyperparams.get('timestep_sampler', 'uniform')} ({folder.name})"
+        models[name] = algorithm.load(run.model_path())
     return _said(plot_timesteps(models, args.output, args.seed))

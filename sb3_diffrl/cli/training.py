@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ TRAIN_EXAMPLES = """examples:
   sb3-diffrl train --algo nclql --env my-package:MyEnv-v0 --config my_settings.yml
   sb3-diffrl train --resume logs/nclql/Pendulum-v1_1      go on with a run that was stopped
   sb3-diffrl train --from logs/nclql/Pendulum-v1_1        repeat a run, in a new folder"""
+
+#: Options that a run is repeated and gone on with, unless they are given anew.
+RECALLED = ["eval_freq", "eval_episodes", "n_eval_envs", "vec_env", "save_freq", "save_replay_buffer", "log_interval"]
+RECALLED += ["device", "num_threads"]
 
 TUNE_EXAMPLES = """examples:
   sb3-diffrl tune --algo nclql --env Pendulum-v1 --n-trials 50 -n 5000
@@ -42,7 +47,7 @@ def add_commands(commands: Subparsers) -> None:
     train.add_argument("-tb", "--tensorboard-log", default="", metavar="FOLDER", help="log for TensorBoard there")
     train.add_argument("--log-interval", type=int, default=-1, help="episodes (offline: gradient steps) between logs")
     train.add_argument("--no-progress", action="store_true", help="no progress bar")
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=run_train, default_of=train.get_default)
 
     tune = commands.add_parser(
         "tune",
@@ -67,7 +72,11 @@ def add_commands(commands: Subparsers) -> None:
 
 def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--algo", metavar="NAME", help="nclql, lql, pg, planner, diffusion_bc, or one of RL Zoo's (sac, ppo ...)")
-    parser.add_argument("--env", metavar="ID", help="id of a Gymnasium environment; for offline agents, where to evaluate")
+    parser.add_argument(
+        "--env",
+        metavar="ID",
+        help="id of a Gymnasium environment, package:Env-v0 if a package registers it; for offline agents, where to evaluate",
+    )
     parser.add_argument("--dataset", metavar="ID", help="id of a Minari dataset on disk, for offline agents")
     parser.add_argument("-n", "--n-timesteps", type=int, default=-1, help="env steps; offline, gradient steps")
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="your own YAML file of settings by task")
@@ -89,9 +98,9 @@ def run_train(args: argparse.Namespace) -> int:
     """``train``."""
     _recall(args)
     experiment = _experiment(args, optimize=False)
-    from sb3_diffrl.zoo.runs import is_safe
+    from sb3_diffrl.zoo.runs import trust_option
 
-    trust = "" if is_safe(args.algo) else " --trust"
+    trust = trust_option(args.algo, args.env)
     setup = experiment.setup_experiment()
     assert setup is not None
     model = setup[0]
@@ -117,6 +126,7 @@ def run_tune(args: argparse.Namespace) -> int:
 
     experiment = _experiment(args, optimize=True)
     experiment.setup_experiment()
+    experiment._save_config(experiment.saved_hyperparams)
     folder = Path(experiment.save_path)
     experiment.storage = args.storage or str(folder / "study.log")
     experiment.study_name = args.study_name or f"{args.algo}-{experiment.env_name}"
@@ -128,33 +138,35 @@ def run_tune(args: argparse.Namespace) -> int:
             if "No trials are completed" not in str(error):
                 raise
             print(f"No trial was completed. Go on with: {again}", file=sys.stderr)
-            return 130 if interrupt.noted else 1
+            return 128 + interrupt.noted if interrupt.noted else 1
     study = experiment.load_trial(experiment.storage, experiment.study_name, convert=False)
     best = CONVERTERS[args.algo](study) if args.algo in CONVERTERS else study
-    task = args.dataset or args.env
-    entry = {**experiment.read_hyperparameters()[1], **best, "n_timesteps": experiment.n_timesteps}
+    task = args.dataset or experiment.env_name.gym_id
+    entry = {**experiment.saved_hyperparams, **best, "n_timesteps": experiment.n_timesteps}
     write_entry(entry, task, folder / "best.yml")
     print(
         f"Best settings: {folder / 'best.yml'}. Train with: sb3-diffrl train --algo {args.algo} ... --config {folder / 'best.yml'}"
     )
     print(f"Search on with: {again}")
-    return 130 if interrupt.noted else 0
+    return 128 + interrupt.noted if interrupt.noted else 0
 
 
 class _NotedInterrupt:
-    """Notes a Ctrl-C that RL Zoo keeps to itself."""
+    """Notes a Ctrl-C, which RL Zoo keeps to itself, and takes SIGTERM for one."""
 
-    noted = False
+    #: Number of the signal that came, 0 if none
+    noted = 0
 
     def __enter__(self) -> "_NotedInterrupt":
-        self._previous = signal.signal(signal.SIGINT, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.noted = True
+        self.noted = number
         raise KeyboardInterrupt
 
 
@@ -177,10 +189,11 @@ def _recall(args: argparse.Namespace) -> None:
         args.seed = _recorded(recorded, "seed", int)
     if args.n_timesteps <= 0:
         args.n_timesteps = _recorded(recorded, "n_timesteps", int)
-    for name in ("eval_freq", "eval_episodes", "n_eval_envs", "vec_env", "save_freq", "log_interval"):
-        if name in run.args:
+    for name in RECALLED:
+        # What was typed comes first.
+        if name in run.args and getattr(args, name) == args.default_of(name):
             setattr(args, name, _recorded(run.args, name, type(getattr(args, name))))
-    args.env_kwargs = settings(run.args.get("env_kwargs") or {}, "`env_kwargs`") or None
+    args.env_kwargs = {**settings(run.args.get("env_kwargs") or {}, "`env_kwargs`"), **(args.env_kwargs or {})} or None
     if args.resume is not None:
         args.logs = run.folder.parent.parent
         if args.params or args.wrapper:
@@ -202,13 +215,16 @@ def _experiment(args: argparse.Namespace, optimize: bool) -> "Experiment":
         raise ValueError("Name an algorithm and a task: --algo with --env or --dataset. 'sb3-diffrl list' shows them.")
     from sb3_diffrl.zoo import Experiment
     from sb3_diffrl.zoo.datasets import register_dataset
-    from sb3_diffrl.zoo.runs import check_algo, check_env
+    from sb3_diffrl.zoo.runs import check_algo, import_env
 
     check_algo(args.algo)
     _check_kind(args)
     if args.env is None:
         args.env = register_dataset(args.dataset)
-    check_env(args.env)
+    # What was typed on the command line is the user's own word, what a run's folder says is not.
+    env_id = import_env(args.env, args.trust or getattr(args, "entry", None) is None)
+    if getattr(args, "tensorboard_log", ""):
+        _check_tensorboard()
     if args.config is not None and not args.config.is_file():
         raise FileNotFoundError(f"There is no file {args.config}.")
     if args.seed < 0:
@@ -234,7 +250,7 @@ def _experiment(args: argparse.Namespace, optimize: bool) -> "Experiment":
         return Experiment(
             args,
             args.algo,
-            args.env,
+            env_id,
             str(args.logs),
             optimize_hyperparameters=True,
             n_trials=args.n_trials,
@@ -250,7 +266,7 @@ def _experiment(args: argparse.Namespace, optimize: bool) -> "Experiment":
     return Experiment(
         args,
         args.algo,
-        args.env,
+        env_id,
         str(args.logs),
         eval_freq=args.eval_freq,
         save_freq=args.save_freq,
@@ -260,6 +276,11 @@ def _experiment(args: argparse.Namespace, optimize: bool) -> "Experiment":
         show_progress=not args.no_progress and sys.stderr.isatty(),
         **shared,
     )
+
+
+def _check_tensorboard() -> None:
+    if find_spec("tensorboard") is None:
+        raise ImportError('TensorBoard is not installed: pip install "sb3_diffrl[tensorboard]"')
 
 
 def _check_kind(args: argparse.Namespace) -> None:

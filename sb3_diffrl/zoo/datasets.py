@@ -48,8 +48,9 @@ def make_dataset_env(dataset_id: str, render_mode: str | None = None) -> gym.Env
                 check_env_spec(spec)
         env: gym.Env[Any, Any] = dataset.recover_environment(eval_env=True, render_mode=render_mode)
     except Exception as error:
+        extra = 'pip install "sb3_diffrl[robotics]"' if "gymnasium_robotics" in str(error) else "Install the package it comes from"
         raise ValueError(
-            f"The environment of dataset {dataset_id!r} cannot be rebuilt ({type(error).__name__}: {error}). Install the package "
-            "it comes from, or name an environment to evaluate in: --env."
+            f"The environment of dataset {dataset_id!r} cannot be rebuilt ({type(error).__name__}: {error}). {extra}, or name an "
+            "environment to evaluate in: --env."
         ) from error
     return env

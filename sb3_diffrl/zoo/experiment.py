@@ -27,7 +27,8 @@ from sb3_diffrl.common import CosineSchedule
 from sb3_diffrl.configs import dump_yaml, load_settings, nearest, packaged_hyperparams, resolve, settings
 from sb3_diffrl.offline.recording import versions
 from sb3_diffrl.planner.presets import PRESETS
-from sb3_diffrl.zoo.runs import check_trusted, is_safe
+from sb3_diffrl.zoo.names import check_names
+from sb3_diffrl.zoo.runs import check_trusted, is_safe, trust_option
 from sb3_diffrl.zoo.statistics import JsonNormalize, has_statistics, load_statistics
 from sb3_diffrl.zoo.wrappers import as_env_wrapper, joined
 
@@ -42,6 +43,8 @@ class Experiment(ExperimentManager):
 
     #: Number of the signal that stopped training before its end, 0 if none did
     interrupted = 0
+    #: Settings as the run's folder keeps them, once they are read
+    saved_hyperparams: dict[str, Any]
 
     def _argument(self, name: str) -> Any:
         return getattr(self.args, name, None)
@@ -77,7 +80,8 @@ class Experiment(ExperimentManager):
             hyperparams["env_kwargs"] = self.env_kwargs
         elif "env_kwargs" in hyperparams and self._eval_env_kwargs_args is None:
             self.eval_env_kwargs = hyperparams["env_kwargs"]
-        saved = dict(sorted(hyperparams.items()))
+        check_names(self.algo, hyperparams)
+        saved = self.saved_hyperparams = dict(sorted(hyperparams.items()))
         if self.verbose > 0:
             print("Settings:")
             pprint(saved)
@@ -100,7 +104,7 @@ class Experiment(ExperimentManager):
         raise ValueError(f"{self.config} has no settings for {names[0]}, and no `default`.{nearest(names[0], tasks)}")
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-        # Plain YAML, where RL Zoo writes Python objects.
+        """Write settings, command, seed and versions to the run's folder, as plain YAML where RL Zoo writes Python objects."""
         folder = Path(self.params_path)
         with (folder / "command.txt").open("a") as file:
             file.write(" ".join(sys.orig_argv) + "\n")
@@ -179,6 +183,18 @@ class Experiment(ExperimentManager):
                 callback.best_mean_reward = float(max(np.mean(row) for row in callback.evaluations_results))
 
     # ------------------------------------------------------------------ training
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """As RL Zoo's method of this name.
+
+        :raises ValueError: if the env does not take the arguments that it was given
+        """
+        try:
+            return super().create_envs(n_envs, eval_env, no_log)
+        except TypeError as error:
+            if not self.env_kwargs:
+                raise
+            raise ValueError(f"{self.env_name.gym_id} cannot be made with {self.env_kwargs}: {error}") from error
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         # RL Zoo un-pickles the statistics, also those of a folder that only happens to be in the current one.
@@ -262,7 +278,7 @@ class Experiment(ExperimentManager):
         """
         if model.num_timesteps == 0:
             return "Training had not begun."
-        resume = f"sb3-diffrl train --resume {self.save_path}" + ("" if is_safe(self.algo) else " --trust")
+        resume = f"sb3-diffrl train --resume {self.save_path}{trust_option(self.algo, self.args.env)}"
         try:
             self.save_replay_buffer = True
             super().save_trained_model(model)

@@ -1,5 +1,6 @@
 """Folders of runs: found, opened without running what they hold, and their agents loaded for evaluation."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from rl_zoo3.utils import ALGOS, create_test_env, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack
 
-from sb3_diffrl.configs import UnsafeConfigError, dump_yaml, load_settings, named, nearest, resolve, settings
+from sb3_diffrl.configs import KNOWN_PACKAGES, UnsafeConfigError, dump_yaml, load_settings, named, nearest, resolve, settings
 from sb3_diffrl.offline.spaces import check_same_spaces
 from sb3_diffrl.saving.model import SafeSaving
 from sb3_diffrl.zoo.datasets import register_dataset
+from sb3_diffrl.zoo.names import check_wrappers
 from sb3_diffrl.zoo.statistics import load_statistics
 from sb3_diffrl.zoo.wrappers import WrapperEntry, as_env_wrapper, joined
 
@@ -28,7 +30,7 @@ class Run:
     :param folder: ``logs/<algo>/<Env>_<n>``
     :param params: the folder in it that has the configuration
     :param algo: name of the algorithm in RL Zoo's table
-    :param env_id: as Gymnasium knows it
+    :param env_id: as Gymnasium takes it, with ``package:`` before it if that registers it
     :param hyperparams: settings of the run
     :param args: command line of the run
     """
@@ -64,15 +66,15 @@ class Run:
         """Id of the dataset of an offline agent."""
         return self.hyperparams.get("dataset")
 
-    def register_env(self) -> str:
+    def register_env(self, trust: bool = False) -> str:
         """Make sure that Gymnasium knows the env, and return its id.
 
+        :param trust: the run's configuration may name any package to import
         :raises ValueError: if it does not; the message names the nearest
         """
         if self.env_id not in gym.registry and self.dataset is not None:
             register_dataset(self.dataset)
-        check_env(self.env_id)
-        return self.env_id
+        return import_env(self.env_id, trust)
 
     def model_path(self, best: bool = False, checkpoint: int | None = None) -> Path:
         """Where a model of the run is: the last, the best evaluated, or a checkpoint at a step.
@@ -112,7 +114,10 @@ class Run:
                 "the agent", [model.observation_space, model.action_space], "the env", [env.observation_space, env.action_space]
             )
         except ValueError as error:
-            raise ValueError(f"{error} Wrappers that change spaces belong in training, too: train --wrapper.") from None
+            hint = "Wrappers that change spaces belong in training, too: train --wrapper."
+            if self.dataset is not None:
+                hint = "An agent that learned from a dataset sees what the dataset holds: no wrapper may change spaces."
+            raise ValueError(f"{error} {hint}") from None
         model.set_random_seed(seed)
         return model
 
@@ -130,6 +135,7 @@ class Run:
         """
         hyperparams = resolve(self.hyperparams, trust)
         stack = joined(hyperparams.get("env_wrapper"), wrappers)
+        check_wrappers(stack)
         if render_mode is None and any(name.rpartition(".")[2] in _RENDERING for name, _ in named(stack, "env_wrapper")):
             render_mode = "rgb_array"
         env_kwargs: dict[str, Any] = {}
@@ -141,7 +147,7 @@ class Run:
         if hyperparams.get("vec_env_wrapper"):
             wrapped["vec_env_wrapper"] = hyperparams["vec_env_wrapper"]
         env = create_test_env(
-            self.register_env(),
+            self.register_env(trust),
             n_envs=n_envs,
             seed=seed,
             should_render=False,
@@ -155,13 +161,29 @@ class Run:
         return VecFrameStack(env, int(hyperparams["frame_stack"])) if hyperparams.get("frame_stack") else env
 
 
-def check_env(env_id: str) -> None:
-    """Make sure that Gymnasium knows an env.
+def import_env(env_id: str, trust: bool = False) -> str:
+    """Make sure that Gymnasium knows an env: ``Env-v0``, or ``package:Env-v0`` for one that a package registers.
 
-    :raises ValueError: if it does not; the message names the nearest
+    :param env_id: Gymnasium-Robotics' need no package before them
+    :param trust: import whatever package it names
+    :return: the id without package
+    :raises UnsafeConfigError: if the package is not a known one, and not trusted
+    :raises ValueError: if there is no such package or env; the message names the nearest
     """
-    if env_id not in gym.registry:
-        raise ValueError(f"Gymnasium knows no environment {env_id!r}.{nearest(env_id, gym.registry)}")
+    package, _, name = env_id.rpartition(":")
+    if not trust and not _is_known(package):
+        raise UnsafeConfigError(f"Importing the package of the env {env_id} can run any code. If you trust it: --trust.")
+    hint = ""
+    if package or name not in gym.registry:
+        try:
+            importlib.import_module(package or "gymnasium_robotics")
+        except ImportError as error:
+            if package and package != "gymnasium_robotics":
+                raise ValueError(f"The package of {env_id} cannot be imported: {error}.") from error
+            hint = ' Those of Gymnasium-Robotics need: pip install "sb3_diffrl[robotics]".'
+    if name not in gym.registry:
+        raise ValueError(f"Gymnasium knows no environment {name!r}.{nearest(name, gym.registry)}{hint}")
+    return name
 
 
 def check_algo(algo: str) -> None:
@@ -176,6 +198,15 @@ def check_algo(algo: str) -> None:
 def is_safe(algo: str) -> bool:
     """Whether models of an algorithm are loaded without running what their files hold: this package's are."""
     return issubclass(ALGOS[algo], SafeSaving)
+
+
+def trust_option(algo: str, env_id: str) -> str:
+    """What a command about a run of an algorithm on an env has to say, `` --trust`` or nothing."""
+    return "" if is_safe(algo) and _is_known(env_id.rpartition(":")[0]) else " --trust"
+
+
+def _is_known(package: str) -> bool:
+    return not package or package.split(".")[0] in KNOWN_PACKAGES
 
 
 def check_trusted(algo: str, path: Path, trust: bool) -> None:
@@ -199,7 +230,7 @@ def find_run(logs: Path, algo: str, env_id: str, number: int = 0) -> Path:
     :raises FileNotFoundError: if there is none; the message names the nearest
     """
     check_algo(algo)
-    name = EnvironmentName(env_id)  # slashes are dashes in it, which makes a dataset's id its env's
+    name = EnvironmentName(env_id.rpartition(":")[2])  # slashes are dashes in it, which makes a dataset's id its env's
     latest = number or get_latest_run_id(str(logs / algo), name)
     folder = logs / algo / f"{name}_{latest}"
     if not folder.is_dir():

@@ -6,6 +6,8 @@ import gymnasium as gym
 from rl_zoo3.utils import get_wrapper_class
 from stable_baselines3.common.monitor import Monitor
 
+from sb3_diffrl.configs import named
+
 #: ``"package.Wrapper"`` or ``{"package.Wrapper": {argument: value}}``, or a list of these, innermost first.
 WrapperEntry = str | dict[str, dict[str, Any]] | list[Any] | None
 
@@ -18,13 +20,18 @@ def inside_monitor(env: gym.Env[Any, Any], wrappers: WrapperEntry) -> gym.Env[An
 
     :param env: as SB3's ``make_vec_env`` has made it
     :param wrappers: RL Zoo's ``env_wrapper``
+    :raises ValueError: if a wrapper is not for such an env
     """
     wrap = get_wrapper_class({"env_wrapper": wrappers})
     if wrap is None:
         return env
-    if not isinstance(env, Monitor):
-        return wrap(env)
-    env.env = wrap(env.env)
+    try:
+        if not isinstance(env, Monitor):
+            return wrap(env)
+        env.env = wrap(env.env)
+    except (AssertionError, TypeError, ValueError) as error:
+        stack = ", ".join(name for name, _ in named(wrappers, "env_wrapper"))
+        raise ValueError(f"The env {env.spec and env.spec.id} does not take the wrappers {stack}: {error}") from error
     return env
 
 
