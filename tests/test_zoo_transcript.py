@@ -117,7 +117,6 @@ def test_offline_from_dataset_to_score(home: Path) -> None:
     assert (home / "plans.png").stat().st_size > 5_000
 
 
-@pytest.mark.slow
 def test_the_whole_walk(home: Path) -> None:
     if not (home / "minari").exists():
         run(home, "dataset", "make", "sb3-diffrl/pointmaze/umaze-v0", "--quick", "--n-steps", "400")
