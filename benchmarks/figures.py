@@ -98,26 +98,28 @@ def learning_figure(runs: dict[tuple[str, str], dict[int, Curve]], env: str, pat
     plt.close(figure)
 
 
-def contest_table(source: str, ours: str, names: dict[str, str]) -> str:
-    """Medians of the contestants, and the ratio of our time to each other's in the same round."""
+def contest_table(source: str, ours: list[str], names: dict[str, str]) -> str:
+    """Medians of the contestants, and the ratio of our times to each other's in the same round."""
     described: dict[str, Any] = json.loads((RESULTS / source).read_text())
-    lines = [f"| task | contestant | median | {names[ours]} takes |", "|---|---|---|---|"]
+    lines = [f"| task | contestant | median | {' | '.join(f'{names[mine]} takes' for mine in ours)} |", "|---" * (3 + len(ours)) + "|"]
     for task, entries in described["results"].items():
-        for name, entry in sorted(entries.items(), key=lambda item: item[0] != ours):
-            ratio = f"{entry[f'{ours}_over_this']:.2f} times this" if f"{ours}_over_this" in entry else ""
-            lines.append(f"| {task} | {names[name]} | {entry['median_ms']:.1f} ms | {ratio} |")
+        for name, entry in sorted(entries.items(), key=lambda item: item[0] not in ours):
+            ratios = (entry.get(f"{mine}_over_this") for mine in ours)
+            cells = " | ".join("" if ratio is None else f"{ratio:.2f} times this" for ratio in ratios)
+            lines.append(f"| {task} | {names[name]} | {entry['median_ms']:.1f} ms | {cells} |")
     hardware, versions = described["hardware"], described["versions"]
     lines += ["", f"{hardware['processor']}, {hardware['cores']} cores; {', '.join(f'{k} {v}' for k, v in versions.items())}."]
     return "\n".join(lines) + "\n"
 
 
 def speed_table() -> str:
-    names = {"nclql": "NC-LQL", "reference": "authors' JAX implementation", "sac": "SB3's SAC, same nets"}
-    return contest_table("speed.json", "nclql", names)
+    names = {"nclql": "NC-LQL", "nclql-bf16": "NC-LQL, bfloat16 chains"}
+    names |= {"reference": "authors' JAX implementation", "sac": "SB3's SAC, same nets"}
+    return contest_table("speed.json", ["nclql", "nclql-bf16"], names)
 
 
 def planning_speed_table() -> str:
-    return contest_table("planning_speed.json", "sb3_diffrl", {"sb3_diffrl": "sb3_diffrl", "cleandiffuser": "CleanDiffuser"})
+    return contest_table("planning_speed.json", ["sb3_diffrl"], {"sb3_diffrl": "sb3_diffrl", "cleandiffuser": "CleanDiffuser"})
 
 
 def rule_table() -> str:
