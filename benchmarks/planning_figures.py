@@ -123,7 +123,7 @@ def samplers_table() -> str:
     methods = ("none", "pg", "pg-sampled")
     head = ["timesteps", "seeds"] + [f"{LABELS[method]}: {column}" for method in methods for column in ("plan's value", "return")]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for sampler, task in {"uniform": "umaze-states", "adaptive": "umaze-adaptive"}.items():
+    for sampler, task in {"uniform": "umaze-uniform", "adaptive": "umaze-adaptive"}.items():
         results = load(task)
         cells = [sampler, ", ".join(map(str, results["pg"]))]
         for method in methods:

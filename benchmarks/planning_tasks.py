@@ -67,7 +67,8 @@ TASKS = {
     "umaze-to-goal-at-rest": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, to_the_goal=True),
     "umaze-to-goal-moving": Task(_UMAZE, True, {**_NEAR, "velocity_indices": ()}, 4_000, 2_000, 10, to_the_goal=True),
     "umaze-normed-residual": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, normed_residual=True),
-    # As umaze-states, with learned timesteps
+    # As umaze-states, with uniform and with learned timesteps, run one after the other
+    "umaze-uniform": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10),
     "umaze-adaptive": Task(_UMAZE, True, {**_NEAR, "timestep_sampler": "adaptive"}, 4_000, 2_000, 10),
     "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000),
     "halfcheetah-medium-replay": Task("sb3-diffrl/halfcheetah/medium-replay-v0", False, _RUN, 4_000, 2_000),
