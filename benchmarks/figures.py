@@ -29,6 +29,7 @@ Curve = dict[int, float]  # env step: mean return
 
 LABELS = {
     "nclql-small": "NC-LQL, package defaults",
+    "nclql-small-bf16": "NC-LQL, bfloat16 chains",
     "nclql-small-paper": "NC-LQL, the paper's learning rate 1e-4",
     "nclql-pendulum": "NC-LQL, tau 0.02",
     "sac-small": "SAC, learning rate 3e-4 (its default)",
@@ -101,7 +102,10 @@ def learning_figure(runs: dict[tuple[str, str], dict[int, Curve]], env: str, pat
 def contest_table(source: str, ours: list[str], names: dict[str, str]) -> str:
     """Medians of the contestants, and the ratio of our times to each other's in the same round."""
     described: dict[str, Any] = json.loads((RESULTS / source).read_text())
-    lines = [f"| task | contestant | median | {' | '.join(f'{names[mine]} takes' for mine in ours)} |", "|---" * (3 + len(ours)) + "|"]
+    lines = [
+        f"| task | contestant | median | {' | '.join(f'{names[mine]} takes' for mine in ours)} |",
+        "|---" * (3 + len(ours)) + "|",
+    ]
     for task, entries in described["results"].items():
         for name, entry in sorted(entries.items(), key=lambda item: item[0] not in ours):
             ratios = (entry.get(f"{mine}_over_this") for mine in ours)

@@ -18,6 +18,8 @@ from sb3_diffrl.plots import plot_curves, plot_profiles, plot_q_landscape, read_
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "docs" / "figures"
 MODELS = HERE / "models"
+# Returns from which tasks count as solved
+SOLVED = {"MountainCarContinuous-v0": 90.0, "LunarLanderContinuous-v3": 200.0, "BipedalWalker-v3": 300.0}
 # (model, env, dimensions of the action, step of an episode at which to look, seed of the env)
 LANDSCAPES = [
     ("nclql-pendulum-Pendulum-v1-s0", "Pendulum-v1", (0,), 100, 0),
@@ -53,7 +55,7 @@ def main() -> None:
     print(plot_profiles(small, FIGURES / "gallery-profiles.png")[0].name)
     if (HERE / "results" / "zoo").is_dir():
         zoo = read_curves([HERE / "results" / "zoo"])
-        print(plot_curves(zoo, FIGURES / "zoo-curves.png", {"MountainCarContinuous-v0": 90, "LunarLanderContinuous-v3": 200}).name)
+        print(plot_curves(zoo, FIGURES / "zoo-curves.png", SOLVED).name)
 
 
 if __name__ == "__main__":

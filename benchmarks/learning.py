@@ -33,6 +33,8 @@ ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"nclql": NCLQL, "sac": SAC}
 
 # The reduced set-up of the reference's curves: three hidden layers of 64, batches of 64, 5000 random steps.
 SMALL: dict[str, Any] = {"batch_size": 64, "learning_starts": 5_000, "policy_kwargs": {"net_arch": [64, 64, 64]}}
+# The same, with chains that multiply in bfloat16
+SMALL_BF16: dict[str, Any] = {**SMALL, "policy_kwargs": {"net_arch": [64, 64, 64], "chain_dtype": "bfloat16"}}
 # The authors' settings, where they are not the package's defaults
 PAPER: dict[str, Any] = {"learning_rate": 1e-4}
 PENDULUM: dict[str, Any] = {"batch_size": 64, "learning_starts": 1_000, "policy_kwargs": {"net_arch": [64, 64, 64]}, "tau": 0.02}
@@ -40,6 +42,7 @@ PENDULUM: dict[str, Any] = {"batch_size": 64, "learning_starts": 1_000, "policy_
 # name: (algorithm, arguments)
 SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "nclql-small": ("nclql", SMALL),
+    "nclql-small-bf16": ("nclql", SMALL_BF16),
     "nclql-small-paper": ("nclql", {**SMALL, **PAPER}),
     "sac-small": ("sac", SMALL),
     "sac-small-lr1e-3": ("sac", {**SMALL, "learning_rate": 1e-3}),

@@ -16,6 +16,7 @@ RESULTS = HERE / "results" / "learning"
 # (set-up, env, seeds, env steps, steps between evaluations, episodes an evaluation)
 RUNS: list[tuple[str, str, range, int, int, int]] = [
     ("nclql-small", "HalfCheetah-v5", range(3), 50_000, 5_000, 10),
+    ("nclql-small-bf16", "HalfCheetah-v5", range(3), 50_000, 5_000, 10),
     ("nclql-pendulum", "Pendulum-v1", range(3), 6_000, 1_000, 20),
     ("nclql-pendulum", "InvertedPendulum-v5", range(3), 10_000, 1_000, 20),
     ("sac-small-lr1e-3", "HalfCheetah-v5", range(3), 50_000, 5_000, 10),
