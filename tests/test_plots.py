@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -11,7 +12,7 @@ import torch as th
 from PIL import Image
 
 from sb3_diffrl import NCLQL
-from sb3_diffrl.plots import Curve, plot_curves, plot_profiles, plot_q_landscape, read_curves
+from sb3_diffrl.plots import Curve, landscape, plot_curves, plot_profiles, plot_q_landscape, read_curves
 from sb3_diffrl.plots.landscape import q_landscape
 from sb3_diffrl.plots.scores import common_grid, final_scores, iqm_curve
 from tests.envs import box_env
@@ -108,6 +109,22 @@ def test_chains_on_the_landscape_are_the_policys_own(action_dim: int) -> None:
         value = model.critic.q_values(model.critic.features(th.as_tensor(obs)), action).amin() / model.reward_scale
     found = land.values[-1][column] if action_dim == 1 else land.values[-1][row, column]
     assert found == pytest.approx(float(value), abs=1e-4)
+
+
+def test_an_animation_that_is_stopped_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = NCLQL("MlpPolicy", box_env(3, 2), policy_kwargs={"net_arch": [8]}, device="cpu", seed=0, n_levels=2)
+    path, draw = tmp_path / "q.gif", landscape._draw
+    path.write_bytes(b"former")
+
+    def stopped(axes: Any, land: Any, frame: int, *args: Any) -> list[Any]:
+        if frame == 2:
+            raise KeyboardInterrupt
+        return draw(axes, land, frame, *args)
+
+    monkeypatch.setattr(landscape, "_draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        plot_q_landscape(model, np.zeros((1, 3), np.float32), path, n_chains=3)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"former"]
 
 
 def test_landscape_is_drawn_and_moves(tmp_path: Path) -> None:

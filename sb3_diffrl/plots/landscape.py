@@ -120,7 +120,12 @@ def plot_q_landscape(
     if path.suffix == ".gif":
         frames = [*range(len(land.levels)), *[len(land.levels) - 1] * 6]  # stays at the end for a while
         animation = FuncAnimation(figure, lambda frame: _draw(axes, land, frame, dims, title), frames=frames)
-        animation.save(path, writer=PillowWriter(fps=4), dpi=80)
+        aside = path.with_name(f".{path.stem}.saving.gif")  # what is stopped leaves no half of an animation
+        try:
+            animation.save(aside, writer=PillowWriter(fps=4), dpi=80)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
     else:
         _draw(axes, land, len(land.levels) - 1, dims, title, ways=True)
         figure.savefig(path, dpi=130)
