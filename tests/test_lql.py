@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
@@ -240,6 +241,21 @@ def test_n_step_returns_go_on_after_loading_without_a_warning(tmp_path: Path) ->
     discounts = loaded.learn(60).replay_buffer.sample(64).discounts  # type: ignore[union-attr]
     assert discounts is not None
     assert 0.125 in discounts
+
+
+def test_an_n_step_buffer_of_the_users_own_is_kept() -> None:
+    kwargs: dict[str, Any] = {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 1, "gamma": 0.99}}
+    assert isinstance(make(NCLQL, box_env(), **kwargs).replay_buffer, NStepReplayBuffer)
+
+
+def test_a_target_that_is_put_in_its_place_follows() -> None:
+    model = make(NCLQL, box_env())
+    model.learn(20)
+    target = copy.deepcopy(model.critic_target)
+    model.critic_target = model.policy.critic_target = target
+    before = [parameter.clone() for parameter in target.parameters()]
+    model.learn(40)
+    assert not any(th.equal(a, b) for a, b in zip(before, target.parameters(), strict=True))
 
 
 @ALGORITHMS

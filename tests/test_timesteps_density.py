@@ -207,6 +207,13 @@ def test_compiled_draws_end_where_the_data_is_not_a_number() -> None:
     assert sampler._linears is not None
     drawn = native.draw(sampler._linears, (-1.0, 1.0), th.full((3, 2), th.nan), sampler.cumulative, 0.0, 0.5, rng())
     assert drawn.position.isnan().all()
+    assert drawn.weight.isnan().all()
+
+
+def test_data_of_another_width_is_refused() -> None:
+    sampler = an_uneven_sampler(8)
+    with pytest.raises(RuntimeError):
+        sampler.sample(th.randn(4, 3))
 
 
 @needs_compiler

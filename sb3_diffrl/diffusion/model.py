@@ -12,7 +12,7 @@ from sb3_diffrl.diffusion.process import Denoise, DenoiseSteps, DiffusionProcess
 
 
 class MovingAverage:
-    """How averages of weights follow them: a share of ``1 - min(decay, (1 + n) / (10 + n))`` at the n-th update.
+    """How averages of weights follow them: a share of ``1 - min(decay, (1 + n) / (10 + n))`` after n updates; the first one copies.
 
     Without the second part an average of decay 0.9999 is after 5000 updates still for 61% what it began with.
 

@@ -180,6 +180,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self._random_state: dict[str, Any] | None = None
         self._logged_obs: th.Tensor | dict[str, th.Tensor] | None = None
         self._graphed_update: GraphedUpdate | None = None
+        self._collected: tuple[tuple[nn.Module, nn.Module], tuple[list[nn.Parameter], list[nn.Parameter]]] | None = None
         if _init_setup_model:
             self._setup_model()
 
@@ -201,8 +202,8 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         for name in ("sampler", "reward_scale"):
             if name in self.policy_kwargs:
                 raise ValueError(f"`{name}` is not for `policy_kwargs`: the algorithm's own arguments set it.")
-        own_choice = {"n_steps": self.n_steps, "gamma": self.gamma}
-        if self.replay_buffer_class is NStepReplayBuffer and own_choice.items() <= self.replay_buffer_kwargs.items():
+        own_choice = {"n_steps": self.n_steps, "gamma": self.gamma}.items() <= self.replay_buffer_kwargs.items()
+        if self.n_steps > 1 and self.replay_buffer_class is NStepReplayBuffer and own_choice:
             # SB3's own choice, from a saved model: it would warn that `n_steps` is ignored
             self.replay_buffer_class = None
         # Arguments of the policy, but not the user's own, which are the ones saved.
@@ -215,8 +216,6 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self.actor = self.policy
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
-        # Collected once: walking through the modules costs a tenth of a millisecond.
-        self._weights, self._target_weights = [*self.critic.parameters()], [*self.critic_target.parameters()]
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         if self.verbose >= 1:
@@ -330,8 +329,15 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self.critic.optimizer.step()
         return norm
 
+    def _weights(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        # Of the critics and of their targets, kept: walking through the modules costs a tenth of a millisecond.
+        networks = (self.critic, self.critic_target)
+        if self._collected is None or self._collected[0] != networks:
+            self._collected = networks, ([*self.critic.parameters()], [*self.critic_target.parameters()])
+        return self._collected[1]
+
     def _check_gradient(self, loss: th.Tensor, name: str) -> th.Tensor:
-        return check_gradient(loss, self._weights, self.critic, f"env step {self.num_timesteps}", {name: loss})
+        return check_gradient(loss, self._weights()[0], self.critic, f"env step {self.num_timesteps}", {name: loss})
 
     def _choose_update(self) -> Callable[[ReplayBufferSamples, UpdateDraws], Metrics]:
         if self.policy.chain_backend != "cuda_graphs":
@@ -347,7 +353,8 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         self._skipped_in_a_row += 1
 
     def _update_target(self) -> None:
-        polyak_update(self._weights, self._target_weights, self.tau)
+        weights, targets = self._weights()
+        polyak_update(weights, targets, self.tau)
         # Running statistics are copied as they are, see https://github.com/DLR-RM/stable-baselines3/issues/996
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
@@ -495,7 +502,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         rebuilt = ["actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
-        return [*super()._excluded_save_params(), *rebuilt, "_logged_obs", "_graphed_update", "_weights", "_target_weights"]
+        return [*super()._excluded_save_params(), *rebuilt, "_logged_obs", "_graphed_update", "_collected"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "critic.optimizer"], []

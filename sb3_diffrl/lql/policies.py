@@ -56,8 +56,9 @@ class LangevinPolicy(SafePolicySaving):
     :param sampler: sampler of the actions; its ``n_levels`` is the critic's, too
     :param reward_scale: factor on the rewards that the critics learn from
     :param backend: what computes the chains, see ``LangevinPolicy.chain_backend``; the fastest that the critics allow if ``"auto"``
-    :param chain_dtype: ``"bfloat16"``: compiled chains multiply rounded numbers in the hidden layers, in about half the time, where
-        the processor can (AVX512-BF16), else as ``"float32"``. Deterministic actions and updates are in float32 all the same.
+    :param chain_dtype: ``"bfloat16"``: compiled chains multiply rounded numbers in the hidden layers, in about half the time for
+        large batches, where the processor can (AVX512-BF16), else as ``"float32"``. Deterministic actions, and the critics'
+        values and gradients in updates, are in float32 all the same.
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -221,7 +222,8 @@ class LangevinPolicy(SafePolicySaving):
             if self.device.type != "mps":  # which has no double precision
                 return self._run_fixed_chains(self.critic.features(obs), th.float64)
         rows = _split_rows(obs)
-        return th.cat([self._run_fixed_chains(self.critic.features(row)) for row in rows])
+        dtype = th.float32 if backend == "native" else None
+        return th.cat([self._run_fixed_chains(self.critic.features(row), dtype) for row in rows])
 
     def _run_fixed_chains(self, features: th.Tensor, dtype: th.dtype | None = None) -> th.Tensor:
         generator = th.Generator().manual_seed(DETERMINISTIC_SEED)

@@ -1,7 +1,9 @@
 /* Times for a minibatch from a Beta policy over the mass of a swept density: its network, the draws, and the weights of their losses.
  * A draw is a few dozen operations on one number: in C it costs less than one call from Python. */
+#ifndef _REENTRANT
+#define _REENTRANT /* declares lgamma_r on macOS */
+#endif
 #include "kernels.h"
-#include <stdint.h>
 
 /* Added to the masses on both sides of a draw; as EDGE of timesteps/adaptive.py */
 #define EDGE 1e-4
@@ -54,7 +56,7 @@ static double normal(uint64_t *state) {
 /* Logarithm of a Gamma(shape, 1) variable, by Marsaglia and Tsang's method (2000); a logarithm does not underflow for small shapes. */
 static double log_gamma_variable(double shape, uint64_t *state) {
     double boost = 0;
-    if (!(shape > 0)) return NAN;
+    if (!(shape > 0 && isfinite(shape))) return NAN;
     if (shape < 1) boost = log(uniform(state)) / shape, shape += 1;
     double d = shape - 1.0 / 3, c = 1 / sqrt(9 * d);
     for (;;) {
@@ -92,7 +94,7 @@ static void draw(const struct beta_policy *p, long row, uint64_t *state) {
     if (u < p->uniform_floor) position = u * n / p->uniform_floor;
     position = position < 0 ? 0 : position > n * (1 - BELOW_END) ? n * (1 - BELOW_END) : position;
     p->position[row] = position;
-    p->weight[row] = 1;
+    p->weight[row] = isnan(position) ? NAN : 1;
     if (p->importance == 0 || isnan(position)) return;
     cell = p->position[row];
     double base = (double)cumulative[cell + 1] - cumulative[cell];

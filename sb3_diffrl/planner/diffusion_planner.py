@@ -102,7 +102,7 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param num_action_steps: denoising steps of an action
     :param temperature: standard deviation of the noise that actions start from, unless they are deterministic
     :param ema_decay: decay of the moving averages of the weights, which act; smaller at first, min(ema_decay, (1 + n) / (10 + n))
-        at the n-th step
+        after n steps
     :param timestep_sampler: which times the planner and the inverse dynamics are trained on, see ``DiffusionBC``; each has its own
     :param clip_sample: bound of what is denoised, in standard deviations from the data's mean, ``None`` for none.
         Without one, guidance that is strong finds noise of which the planner makes states far from all data.

@@ -180,7 +180,7 @@ class AdaptiveTimestepSampler(TimestepSampler):
             raise ValueError(f"`importance` must be in [0, 1], got {importance!r}.")
         if not 0 <= statistics_decay < 1:
             raise ValueError(f"`statistics_decay` must be in [0, 1), got {statistics_decay!r}.")
-        if concentration_range is not None and not 0 < concentration_range[0] < concentration_range[1]:
+        if concentration_range is not None and not 0 < concentration_range[0] < concentration_range[1] < math.inf:
             raise ValueError(f"`concentration_range` must be two rising positive numbers or None, got {concentration_range!r}.")
         if ent_coef < 0:
             raise ValueError(f"`ent_coef` must not be negative, got {ent_coef!r}.")

@@ -35,8 +35,10 @@ class Drawn(NamedTuple):
 
 
 def supports(layers: list[nn.Linear], x0: th.Tensor) -> bool:
-    """Whether the compiled code can draw: for float32 on a CPU."""
-    return x0.device.type == "cpu" and x0.dtype == layers[0].weight.dtype == th.float32 and load() is not None
+    """Whether the compiled code can draw: for float32 on a CPU, and data of the network's width."""
+    tensors = [x0, *(tensor for layer in layers for tensor in (layer.weight, layer.bias))]
+    fits = x0[0].numel() == layers[0].in_features if len(x0) else False
+    return fits and all(x.device.type == "cpu" and x.dtype == th.float32 for x in tensors) and load() is not None
 
 
 def draw(
@@ -60,9 +62,9 @@ def draw(
     """
     library = load()
     assert library is not None, "no compiled library: see `load()`"
-    x0, cumulative = x0.flatten(1).contiguous(), cumulative.contiguous()
+    x0, cumulative = x0.flatten(1).contiguous(), cumulative.float().contiguous()
     seed = int(th.randint(LARGEST_SEED, (), generator=generator))
-    drawn = Drawn(th.empty(len(x0), 2), th.empty(len(x0)), th.empty(len(x0)))
+    drawn = Drawn(*(th.empty(shape, dtype=th.float32, device="cpu") for shape in ((len(x0), 2), len(x0), len(x0))))
     low, high = log_range
     struct = _BetaPolicy(len(x0), len(layers), len(cumulative) - 1, seed, low, high - low, uniform_floor, importance)
     # The struct points into all of these
