@@ -16,32 +16,15 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch as th
-from gymnasium import spaces
 from provenance import metadata
+from synthetic import random_dataset
 
-from sb3_diffrl import OfflineDataset
 from sb3_diffrl.bc import DiffusionBC
 from sb3_diffrl.planner import PRESETS, DiffusionPlanner
 
 RESULTS = Path(__file__).parent / "results"
 N_EPISODES, LENGTH, OBS_DIM, ACTION_DIM = 1000, 1000, 17, 6
-
-
-def make_dataset() -> OfflineDataset:
-    rng = np.random.default_rng(0)
-    n = N_EPISODES * LENGTH
-    return OfflineDataset(
-        rng.normal(size=(n + N_EPISODES, OBS_DIM)).astype(np.float32),
-        rng.uniform(-1, 1, (n, ACTION_DIM)).astype(np.float32),
-        rng.normal(size=n).astype(np.float32),
-        np.zeros(n, bool),
-        np.arange(1, n + 1) % LENGTH == 0,
-        np.arange(0, n + 1, LENGTH),
-        spaces.Box(-9, 9, (OBS_DIM,)),
-        spaces.Box(-1, 1, (ACTION_DIM,)),
-    )
 
 
 def measure(model: Any, n_steps: int) -> dict[str, float]:
@@ -69,7 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
     th.set_num_threads(1)
-    dataset = make_dataset()
+    dataset = random_dataset(N_EPISODES, LENGTH, OBS_DIM, ACTION_DIM)
     models: dict[str, Any] = {"DiffusionBC": lambda: DiffusionBC("MlpPolicy", dataset=dataset, device="cpu", seed=0)}
     for size in ("cpu", "paper"):
         settings = PRESETS["locomotion"][size]

@@ -24,25 +24,11 @@ PLAN_STEPS, ACTION_STEPS = 20, 10
 
 
 def own_model(obs_dim: int, action_dim: int, horizon: int, **settings: Any) -> Any:
-    import numpy as np
-    from gymnasium import spaces
+    from synthetic import random_dataset
 
-    from sb3_diffrl import OfflineDataset
     from sb3_diffrl.pg import PG
 
-    n_episodes, length = 50, 200
-    n = n_episodes * length
-    rng = np.random.default_rng(0)
-    dataset = OfflineDataset(
-        rng.normal(size=(n + n_episodes, obs_dim)).astype(np.float32),
-        rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
-        rng.normal(size=n).astype(np.float32),
-        np.zeros(n, bool),
-        np.arange(1, n + 1) % length == 0,
-        np.arange(0, n + 1, length),
-        spaces.Box(-9, 9, (obs_dim,)),
-        spaces.Box(-1, 1, (action_dim,)),
-    )
+    dataset = random_dataset(50, 200, obs_dim, action_dim)
     return PG("MlpPolicy", dataset=dataset, seed=0, device="cpu", horizon=horizon, **settings)
 
 
