@@ -19,7 +19,13 @@ HERE = Path(__file__).parent
 FIGURES = HERE.parent / "docs" / "figures"
 MODELS = HERE / "models"
 # Returns from which tasks count as solved
-SOLVED = {"MountainCarContinuous-v0": 90.0, "LunarLanderContinuous-v3": 200.0, "BipedalWalker-v3": 300.0, "InvertedDoublePendulum-v5": 9100.0}
+SOLVED = {
+    "MountainCarContinuous-v0": 90.0,
+    "LunarLanderContinuous-v3": 200.0,
+    "BipedalWalker-v3": 300.0,
+    "InvertedDoublePendulum-v5": 9100.0,
+    "Reacher-v5": -3.75,
+}
 # (model, env, dimensions of the action, step of an episode at which to look, seed of the env)
 LANDSCAPES = [
     ("nclql-pendulum-Pendulum-v1-s0", "Pendulum-v1", (0,), 100, 0),
