@@ -149,7 +149,7 @@ def test_the_present_state_is_held_exactly_and_the_goal_in_every_state(relative:
             plan = model.policy.plan(flat, deterministic)
             assert th.equal(plan[:, 0], state)
             assert th.equal(plan[:, :, 4:], state[:, None, 4:].expand(-1, 4, -1))
-            assert th.equal(model.policy.encode(plan)[:, :, 4:], plan[:, :, 4:])  # a goal is no displacement
+            assert th.equal(model.policy.encode(plan)[:, :, 4:6], plan[:, :, 4:])  # a goal is no displacement
     assert model.plan(obs).shape == (6, 4, 6)
     one = {key: value[0] for key, value in obs.items()}
     assert model.plan(one).shape == (1, 4, 6)
@@ -203,7 +203,8 @@ def test_displacements_have_the_units_of_the_data() -> None:
     assert th.equal(policy.plan_scale[:, 1], th.ones(4))
     plan = th.randn(6, 4, 2)
     encoded = policy.encode(plan)
-    assert th.equal(encoded[:, 0], plan[:, 0])
+    assert th.equal(encoded[:, 0, :2], plan[:, 0])
+    assert th.equal(encoded[:, :, 2:], plan[:, :1].expand(-1, 4, -1))  # beside each, where it is from
     th.testing.assert_close(encoded[:, 2, 0], (plan[:, 2, 0] - plan[:, 0, 0]) / policy.plan_scale[2, 0])
     th.testing.assert_close(policy.decode(encoded), plan)
     absolute = make_planner(dataset).policy

@@ -109,7 +109,7 @@ class DiffusionPlanner(OfflineAlgorithm):
     :param prediction_type: what the denoiser of plans predicts: ``"epsilon"`` as in the papers, where an error at pure noise is an
         error 150 times as large of the plan, the plan itself (``"sample"``), or ``"v_prediction"``
     :param relative: denoise displacements from the present state, each in its own standard deviation, so that a plan's first steps
-        are as exact as they are short, rather than states (the papers)
+        are as exact as they are short, rather than states (the papers); the network sees the present state beside each
     :param on_nonfinite: what to do about a NaN or infinite loss or gradient: ``"raise"``, or ``"skip"``: leave out the gradient
         step and count it in ``n_skipped``
     :param _init_setup_model: build the networks at once
@@ -384,8 +384,9 @@ class DiffusionPlanner(OfflineAlgorithm):
     def _noisy_critic_loss(self, batch: Batch) -> Term:
         """Squared error of the value predicted from noisy windows, for ``"cg"``."""
         t = self.policy.planner.process.schedule.sample_timesteps(self.batch_size, self.generator)
-        noise = th.randn(batch.windows.shape, device=self.device, generator=self.generator)
-        loss = self.policy.noisy_critic_loss(self.policy.encode(batch.windows), batch.values, t, noise).mean()
+        windows = self.policy.encode(batch.windows)
+        noise = th.randn(windows.shape, device=self.device, generator=self.generator)
+        loss = self.policy.noisy_critic_loss(windows, batch.values, t, noise).mean()
         return Term(loss, {"noisy_critic_loss": loss.detach()})
 
     def learn(

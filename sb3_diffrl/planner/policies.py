@@ -191,17 +191,19 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         self.free_dim = self.obs_dim - self.flatten.goal_dim
         self.latent_shape = (horizon - 1, self.free_dim)
         self.clip_sample, self.prediction_type, self.relative = clip_sample, prediction_type, relative
+        #: Entries of a step of what is denoised; a displacement says nothing of walls without the state that it is from.
+        self.encoded_dim = self.obs_dim + (self.free_dim if relative else 0)
         self._make_networks()
         self._guidances = self._make_guidances()
         self.guidance = guidance
         self.optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        self._setup_timestep_sampler(timestep_sampler, self.planner.process, (horizon, self.obs_dim))
+        self._setup_timestep_sampler(timestep_sampler, self.planner.process, (horizon, self.encoded_dim))
         self.action_timestep_sampler = make_timestep_sampler(
             copy.deepcopy(timestep_sampler), self.inverse_dynamics.process, (self.action_dim,)
         )
 
     def _make_networks(self) -> None:
-        fixed_mask = th.ones(self.horizon, self.obs_dim, dtype=th.bool)
+        fixed_mask = th.ones(self.horizon, self.encoded_dim, dtype=th.bool)
         fixed_mask[1:, : self.free_dim] = False
         self.register_buffer("fixed_mask", fixed_mask, persistent=False)
         self.register_buffer("plan_scale", th.ones(self.horizon, self.obs_dim))
@@ -210,7 +212,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         sizes = (self.d_model, self.critic_depth, self.head_dim)
         self.planner = DiffusionModel(
             DiT1d(
-                self.obs_dim,
+                self.encoded_dim,
                 self.horizon,
                 int("cfg" in self.train_for),
                 self.d_model,
@@ -237,7 +239,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
             self.critic_target.load_state_dict(self.critic.state_dict())
             self.critic_target.requires_grad_(False)
         self.noisy_critic = (
-            NoisyCritic(self.obs_dim, self.horizon, *sizes, self.time_embedding_dim) if "cg" in self.train_for else None
+            NoisyCritic(self.encoded_dim, self.horizon, *sizes, self.time_embedding_dim) if "cg" in self.train_for else None
         )
 
     # ------------------------------------------------------------------ guidance
@@ -278,19 +280,36 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         """
         std = (windows - windows[:, :1]).std(dim=0, correction=0)
         # What never moves keeps its unit
-        self.plan_scale.copy_(th.where(self.fixed_mask | (std < MIN_DISPLACEMENT), 1.0, std))
+        self.plan_scale.copy_(th.where(self._is_given | (std < MIN_DISPLACEMENT), 1.0, std))
+
+    @property
+    def _is_given(self) -> th.Tensor:
+        # Which entries of a plan are known: (horizon, obs_dim)
+        return self.fixed_mask[:, : self.obs_dim]
 
     def encode(self, plan: th.Tensor) -> th.Tensor:
-        """What is denoised: with ``relative``, displacements from the present state in their own standard deviations.
+        """What is denoised: with ``relative``, displacements from the present state in their own standard deviations, and beside
+        each the present state itself.
 
         :param plan: standardised, ``(batch, horizon, obs_dim)``
-        :return: of the same shape; the present state and the goal are as they were
+        :return: ``(batch, horizon, encoded_dim)``; the present state and the goal are as they were
         """
-        return th.where(self.fixed_mask, plan, (plan - plan[:, :1]) / self.plan_scale) if self.relative else plan
+        if not self.relative:
+            return plan
+        displacements = th.where(self._is_given, plan, (plan - plan[:, :1]) / self.plan_scale)
+        return self._beside_present(displacements, plan[:, 0])
 
     def decode(self, encoded: th.Tensor) -> th.Tensor:
         """The plan, standardised, that ``encode()`` makes ``encoded`` of."""
-        return th.where(self.fixed_mask, encoded, encoded * self.plan_scale + encoded[:, :1]) if self.relative else encoded
+        if not self.relative:
+            return encoded
+        encoded = encoded[..., : self.obs_dim]
+        return th.where(self._is_given, encoded, encoded * self.plan_scale + encoded[:, :1])
+
+    def _beside_present(self, steps: th.Tensor, state: th.Tensor) -> th.Tensor:
+        # (batch, horizon, obs_dim), (batch, obs_dim) -> (batch, horizon, encoded_dim)
+        present = state[:, None, : self.encoded_dim - self.obs_dim]
+        return th.cat([steps, present.expand(-1, self.horizon, -1)], dim=2)
 
     # ------------------------------------------------------------------ losses
 
@@ -299,9 +318,9 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     ) -> th.Tensor:
         """Denoising loss of plans, whose first state stays clean, ``(batch,)``.
 
-        :param windows: encoded, ``(batch, horizon, obs_dim)``
+        :param windows: encoded, ``(batch, horizon, encoded_dim)``
         :param t: diffusion times, ``(batch,)``
-        :param noise: standard normal, ``(batch, horizon, obs_dim)``
+        :param noise: standard normal, of the shape of ``windows``
         :param cond: scaled values, ``(batch, 1)``, if the model is trained for ``"cfg"``
         :param cond_mask: ``(batch,)``, false in the rows that learn without
         """
@@ -362,9 +381,9 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
         :return: plans, standardised, ``(batch, horizon, obs_dim)``
         """
         # Present state and goal are the same encoded
-        start = self.join(latent, state)
+        start = self._beside_present(self.join(latent, state), state)
         n_steps = num_inference_steps or self.num_inference_steps
-        fixed = Fixed(self.fixed_mask, state[:, None].expand_as(start))
+        fixed = Fixed(self.fixed_mask, self._beside_present(state[:, None].expand(-1, self.horizon, -1), state))
         if denoise is None:
             return self.decode(self.planner.sample(start, None, n_steps, fixed=fixed, guidance=guidance))
         return self.decode(self.planner.process.sample(denoise, start, n_steps, fixed=fixed, guidance=guidance))
