@@ -34,6 +34,8 @@ LABELS = {
     "mcss": "`mcss`, 50 candidates",
     "pg": "**PG**, the prior's mean",
     "pg-sampled": "**PG**, a sample of the prior",
+    "pg-longer": "PG, the prior's mean, denoised in 20 steps (the reference)",
+    "pg-as-learnt": "PG, the prior's mean, denoised in as many steps as it learnt with",
 }
 
 Columns = dict[str, np.ndarray]
