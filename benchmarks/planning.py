@@ -37,11 +37,10 @@ RESULTS = Path(__file__).parent / "results" / "planning"
 MODELS = Path(__file__).parent / "models" / "planning"
 GUIDANCES = ("none", "cg", "cfg", "pg", "mcss")
 # The prior's mean, and a sample of it; plans of random noise, and of its mean (zeros).
-METHODS = ("pg", "pg-sampled", "none", "none-zero", "cg", "cfg", "mcss")
-# The prior's mean with as many denoising steps as the other plans, which is how the reference acts, and with as many as it learnt
-# with; "pg" is one of them, by the task
-LONGER, AS_LEARNT = "pg-longer", "pg-as-learnt"
-DETERMINISTIC = ("pg", LONGER, AS_LEARNT, "none-zero", "bc")
+METHODS = ("pg", "pg-sampled", "pg-as-learnt", "none", "none-zero", "cg", "cfg", "mcss")
+# With as many denoising steps as the prior learnt with
+AS_LEARNT = "-as-learnt"
+DETERMINISTIC = ("pg", "pg-as-learnt", "none-zero", "bc")
 # Selection among 50 plans at each step costs as much as all else together.
 EPISODES = {"mcss": 20}
 
@@ -165,9 +164,7 @@ def load_method(
         return DiffusionBC.load(models / f"{name}-bc-s{seed}.zip", device="cpu"), env
     model = PG.load(models / f"{name}-s{seed}.zip", device="cpu")
     model.guidance = method.split("-")[0]
-    model.policy.num_inference_steps = task.num_inference_steps
-    acting_steps = {LONGER: task.num_inference_steps, AS_LEARNT: None}.get(method, task.prior_acting_steps)
-    model.policy.prior_inference_steps = acting_steps or model.policy.prior_inference_steps
+    model.policy.num_inference_steps = model.prior_inference_steps if method.endswith(AS_LEARNT) else task.num_inference_steps
     return model, env
 
 

@@ -75,7 +75,7 @@ def main() -> None:
             batch_size=task.settings["batch_size"],
             **settings,
         ).learn(args.steps)
-        model.policy.prior_inference_steps = task.prior_acting_steps or model.policy.prior_inference_steps
+        model.policy.num_inference_steps = task.num_inference_steps
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             for acting in ("mean", "sample"):

@@ -34,8 +34,8 @@ LABELS = {
     "mcss": "`mcss`, 50 candidates",
     "pg": "**PG**, the prior's mean",
     "pg-sampled": "**PG**, a sample of the prior",
-    "pg-longer": "PG, the prior's mean, denoised in 20 steps (the reference)",
-    "pg-as-learnt": "PG, the prior's mean, denoised in as many steps as it learnt with",
+    "pg-as-learnt": "PG, the prior's mean, denoised in 5 steps, as it learnt",
+    "pg-sampled-as-learnt": "PG, a sample, denoised in 5 steps",
 }
 
 Columns = dict[str, np.ndarray]

@@ -29,7 +29,6 @@ class Task(NamedTuple):
     :param planner_steps: gradient steps of the planner
     :param prior_steps: gradient steps of the prior
     :param num_inference_steps: denoising steps of a plan in the evaluation
-    :param prior_acting_steps: the same of the prior's plans, ``None`` for as many as it learnt with
     :param to_the_goal: as DV does, learn only from what comes before the goal is reached, and end there
     :param normed_residual: transformers as in the reference, whose blocks add to their *normed* input
     """
@@ -40,7 +39,6 @@ class Task(NamedTuple):
     planner_steps: int
     prior_steps: int
     num_inference_steps: int = 20
-    prior_acting_steps: int | None = None
     to_the_goal: bool = False
     normed_residual: bool = False
 
@@ -56,30 +54,28 @@ _FAR["squash"] = False
 _RUN = {**PRESETS["locomotion"]["cpu"], "alpha": 0.3}
 _UMAZE, _MEDIUM = "sb3-diffrl/pointmaze/umaze-v0", "sb3-diffrl/pointmaze/medium-v0"
 TASKS = {
-    "umaze": Task(_UMAZE, True, _MAZE, 8_000, 5_000, prior_acting_steps=20),
+    "umaze": Task(_UMAZE, True, _MAZE, 8_000, 5_000),
     "medium": Task(_MEDIUM, True, _FAR, 12_000, 4_000),
     "umaze-goal": Task(_UMAZE, False, _MAZE, 8_000, 5_000),
     "medium-goal": Task(_MEDIUM, False, _FAR, 12_000, 4_000),
     # What the planner denoises and predicts, with shorter plans
-    "umaze-states": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, 10),
-    "umaze-displacements": Task(_UMAZE, True, {**_NEAR, **_RELATIVE, **_PLAN}, 4_000, 2_000, 10, 10),
-    "umaze-displacements-epsilon": Task(_UMAZE, True, {**_NEAR, **_RELATIVE}, 4_000, 2_000, 10, 10),
-    "umaze-sample": Task(_UMAZE, True, {**_NEAR, **_PLAN}, 4_000, 2_000, 10, 10),
+    "umaze-states": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10),
+    "umaze-displacements": Task(_UMAZE, True, {**_NEAR, **_RELATIVE, **_PLAN}, 4_000, 2_000, 10),
+    "umaze-displacements-epsilon": Task(_UMAZE, True, {**_NEAR, **_RELATIVE}, 4_000, 2_000, 10),
+    "umaze-sample": Task(_UMAZE, True, {**_NEAR, **_PLAN}, 4_000, 2_000, 10),
     # As umaze-states, with the faults of the reference: windows that end at the goal, at rest there (not a fault) or moving on the
     # spot, and blocks of the transformer that add to what is normed
-    "umaze-to-goal-at-rest": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, 10, to_the_goal=True),
-    "umaze-to-goal-moving": Task(_UMAZE, True, {**_NEAR, "velocity_indices": ()}, 4_000, 2_000, 10, 10, to_the_goal=True),
-    "umaze-normed-residual": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, 10, normed_residual=True),
+    "umaze-to-goal-at-rest": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, to_the_goal=True),
+    "umaze-to-goal-moving": Task(_UMAZE, True, {**_NEAR, "velocity_indices": ()}, 4_000, 2_000, 10, to_the_goal=True),
+    "umaze-normed-residual": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, normed_residual=True),
     # As umaze-states, with uniform and with learned timesteps, run one after the other
-    "umaze-uniform": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10, 10),
-    "umaze-adaptive": Task(_UMAZE, True, {**_NEAR, "timestep_sampler": "adaptive"}, 4_000, 2_000, 10, 10),
-    "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000, prior_acting_steps=20),
-    "halfcheetah-medium-replay": Task("sb3-diffrl/halfcheetah/medium-replay-v0", False, _RUN, 4_000, 2_000, prior_acting_steps=20),
+    "umaze-uniform": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10),
+    "umaze-adaptive": Task(_UMAZE, True, {**_NEAR, "timestep_sampler": "adaptive"}, 4_000, 2_000, 10),
+    "halfcheetah-medium": Task("sb3-diffrl/halfcheetah/medium-v0", False, _RUN, 4_000, 2_000),
+    "halfcheetah-medium-replay": Task("sb3-diffrl/halfcheetah/medium-replay-v0", False, _RUN, 4_000, 2_000),
     # Number of steps and alpha tried on seed 100
-    "hopper-medium-replay": Task(
-        "sb3-diffrl/hopper/medium-replay-v0", False, {**_RUN, "alpha": 0.1}, 16_000, 3_000, prior_acting_steps=20
-    ),
-    "hopper-medium": Task("sb3-diffrl/hopper/medium-v0", False, {**_RUN, "alpha": 0.1}, 16_000, 3_000, prior_acting_steps=20),
+    "hopper-medium-replay": Task("sb3-diffrl/hopper/medium-replay-v0", False, {**_RUN, "alpha": 0.1}, 16_000, 3_000),
+    "hopper-medium": Task("sb3-diffrl/hopper/medium-v0", False, {**_RUN, "alpha": 0.1}, 16_000, 3_000),
 }
 
 

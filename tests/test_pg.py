@@ -212,19 +212,6 @@ def test_a_prior_on_the_planner_of_another_pg_begins_anew(planner: DiffusionPlan
         assert th.equal(model.policy.state_dict()[name], value) or "timestep_sampler" in name
 
 
-def test_it_acts_with_the_denoising_steps_that_its_prior_learnt_with(tmp_path: Path) -> None:
-    model = make_pg(prior_inference_steps=3, num_inference_steps=7).learn(4)
-    policy, obs = model.policy, np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
-    state = policy.normalizer.normalize(th.as_tensor(obs))
-    latent = policy.prior_latent(policy.prior_target, state, policy.draw_latent(5, deterministic=True))
-    three, seven = (policy.normalizer.denormalize(policy.denoise(latent, state, n)).detach().numpy() for n in (3, 7))
-    assert np.abs(three - seven).max() > 1e-3
-    np.testing.assert_array_equal(model.plan(obs, deterministic=True), three)
-    policy.prior_inference_steps = 7
-    model.save(tmp_path / "pg")
-    np.testing.assert_array_equal(PG.load(tmp_path / "pg").plan(obs, deterministic=True), seven)
-
-
 @pytest.mark.parametrize("guidance", ["none", "mcss", "pg"])
 def test_it_takes_the_planners_guidances(planner: DiffusionPlanner, guidance: str) -> None:
     model = train_prior(planner, n=1)

@@ -10,7 +10,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from sb3_diffrl.common import OnNonFinite, check_number
+from sb3_diffrl.common import OnNonFinite, check_count, check_number
 from sb3_diffrl.diffusion.process import PredictionType
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics
@@ -83,9 +83,7 @@ class PG(DiffusionPlanner):
     :param normalize_value: divide the value in the prior's loss by the minibatch's standard deviation, which does not depend on
         where the values' zero is, by its mean ``"abs"`` (the reference), or by nothing
     :param tau: how fast the targets of the prior, which acts, and of the latent critic follow
-    :param prior_inference_steps: denoising steps of a plan of the prior, as it learns and as it acts: it learns which noise becomes
-        a plan of high value in so many steps. With ``model.policy.prior_inference_steps = 20`` it acts as the reference does, which
-        learns with 5.
+    :param prior_inference_steps: denoising steps of a plan while the prior learns
     :param on_nonfinite: see ``DiffusionPlanner``
     :raises ValueError: if an argument is outside its range, or the planner has other sizes or learnt from another dataset; the
         message names it
@@ -271,13 +269,10 @@ class PG(DiffusionPlanner):
                 raise ValueError(f"Unknown `{name}` {getattr(self, name)!r}, choose {' or '.join(map(repr, get_args(kind)))}.")
         if not 0 < self.tau <= 1:
             raise ValueError(f"`tau` must be above 0 and at most 1, got {self.tau!r}.")
+        self.prior_inference_steps = check_count("prior_inference_steps", self.prior_inference_steps)
 
     def _policy_arguments(self) -> dict[str, Any]:
-        return {**super()._policy_arguments(), "squash": self.squash, "prior_inference_steps": self.prior_inference_steps}
-
-    def _take_sampling(self) -> None:
-        super()._take_sampling()
-        self.prior_inference_steps = self.policy.prior_inference_steps
+        return {**super()._policy_arguments(), "squash": self.squash}
 
     # ------------------------------------------------------------------ learning
 
@@ -312,7 +307,7 @@ class PG(DiffusionPlanner):
         with th.no_grad():
             noise = policy.draw_latent(len(states), generator=self.generator)
             latent = policy.prior_latent(policy.prior_target, states, noise)
-            target = policy.value(policy.denoise(latent, states, policy.prior_inference_steps))
+            target = policy.value(policy.denoise(latent, states, self.prior_inference_steps))
         loss = (policy.latent_critic(policy.join(latent, states)) - target).square().mean()
         return loss, {"latent_critic_loss": loss.detach(), "plan_value": target.mean()}
 

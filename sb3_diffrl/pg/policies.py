@@ -78,8 +78,7 @@ class PriorGuidance:
         """See ``Guidance``."""
         assert isinstance(policy, PGPolicy)
         noise = policy.draw_latent(len(state), deterministic)
-        latent = policy.prior_latent(policy.prior_target, state, noise)
-        return policy.denoise(latent, state, policy.prior_inference_steps)
+        return policy.denoise(policy.prior_latent(policy.prior_target, state, noise), state)
 
 
 class PGPolicy(PlannerPolicy):
@@ -91,7 +90,6 @@ class PGPolicy(PlannerPolicy):
     :param prior_width: size of the prior's GRU, ``d_model`` if ``None``
     :param guidance: ``"pg"``, or another that plans are chosen by
     :param squash: bound the latent: z = 2 tanh(u) with u from the prior
-    :param prior_inference_steps: denoising steps of a plan of the prior, as it learns and as it acts
     """
 
     def __init__(
@@ -126,9 +124,7 @@ class PGPolicy(PlannerPolicy):
         prediction_type: PredictionType = "epsilon",
         relative: bool = False,
         squash: bool = True,
-        prior_inference_steps: int = 5,
     ) -> None:
-        self.prior_inference_steps = check_count("prior_inference_steps", prior_inference_steps)
         self.prior_width = check_count("prior_width", d_model if prior_width is None else prior_width)
         self.squash = squash
         super().__init__(
@@ -187,8 +183,7 @@ class PGPolicy(PlannerPolicy):
         return squash(u) if self.squash else u
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("prior_width", "squash", "prior_inference_steps")}
-        return {**super()._get_constructor_parameters(), **own}
+        return {**super()._get_constructor_parameters(), "prior_width": self.prior_width, "squash": self.squash}
 
 
 MlpPolicy = PGPolicy
