@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "planning"
 MODELS = Path(__file__).parent / "models" / "planning"
 GUIDANCES = ("none", "cg", "cfg", "pg", "mcss")
 # The prior's mean, and a sample of it; plans of random noise, and of its mean (zeros).
-METHODS = ("pg", "pg-sampled", "pg-as-learnt", "none", "none-zero", "cg", "cfg", "mcss")
+METHODS = ("pg", "pg-sampled", "pg-as-learnt", "pg-sampled-as-learnt", "none", "none-zero", "cg", "cfg", "mcss")
 # With as many denoising steps as the prior learnt with
 AS_LEARNT = "-as-learnt"
 DETERMINISTIC = ("pg", "pg-as-learnt", "none-zero", "bc")

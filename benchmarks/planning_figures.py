@@ -34,8 +34,8 @@ LABELS = {
     "mcss": "`mcss`, 50 candidates",
     "pg": "**PG**, the prior's mean",
     "pg-sampled": "**PG**, a sample of the prior",
-    "pg-as-learnt": "PG, the prior's mean, denoised in 5 steps, as it learnt",
-    "pg-sampled-as-learnt": "PG, a sample, denoised in 5 steps",
+    "pg-as-learnt": "PG, mean, denoising steps as in training",
+    "pg-sampled-as-learnt": "PG, sample, denoising steps as in training",
 }
 
 Columns = dict[str, np.ndarray]
@@ -86,8 +86,9 @@ def table(task: str, results: dict[str, dict[int, Columns]]) -> str:
         if is_maze:
             cells.append("{:.0f} ± {:.0f}".format(*interval(seeds, "latched")))
             cells.append("{:.0%} ± {:.0%}".format(*interval(seeds, "success")))
-        guidance = method.split("-")[0]
-        cells.append(f"{times[guidance]:.1f}" if guidance in times else "")
+        # What was timed: an action of each guidance, with the denoising steps of the evaluation
+        timed = None if method.endswith("-as-learnt") else method.split("-")[0]
+        cells.append(f"{times[timed]:.1f}" if timed in times else "")
         lines.append(f"| {' | '.join(cells)} |")
     trained = [json.loads(path.read_text())["training_cpu_seconds"] for path in sorted(SOURCE.glob(f"{task}-s[0-9].json"))]
     versions = ", ".join(f"{name} {described['versions'][name]}" for name in ("torch", "gymnasium", "mujoco"))

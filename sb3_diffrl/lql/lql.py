@@ -316,8 +316,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
 
     def _optimise(self, loss: th.Tensor, name: str) -> th.Tensor:
         # Returns the norm of the gradient
-        for weight in self._weights(self.critic):
-            weight.grad = None  # zero_grad() takes a tenth of a millisecond more
+        self.critic.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = self._check_gradient(loss, name)
         self.critic.optimizer.step()
