@@ -292,7 +292,9 @@ def run(
             train(runs, task, steps, every, paths)
         for made, path in zip(runs, paths, strict=True):
             arguments = {**task._asdict(), "seed": made.seed, "steps": steps, "sampler": {made.label: samplers[made.label]}}
-            description = metadata(arguments, " ".join(["python", "benchmarks/timesteps.py", *sys.argv[1:]]))
+            # Where it was written to is a path of one machine
+            words = " ".join(sys.argv[1:]).split(" --results ")[0]
+            description = metadata(arguments, f"python benchmarks/timesteps.py {words}")
             path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
 
 
@@ -306,7 +308,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", default=["mlp", "dit"], help="of robustness")
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, help="of robustness")
     parser.add_argument("--variants", type=json.loads, default={}, help='{"label": {"learning_rate": 0.003}}')
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="to be given last")
     args = parser.parse_args()
     th.set_num_threads(1)
     th.backends.cuda.enable_flash_sdp(False)  # the attention that networks can be stacked in

@@ -308,8 +308,9 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
 
     def _beside_present(self, steps: th.Tensor, state: th.Tensor) -> th.Tensor:
         # (batch, horizon, obs_dim), (batch, obs_dim) -> (batch, horizon, encoded_dim)
-        present = state[:, None, : self.encoded_dim - self.obs_dim]
-        return th.cat([steps, present.expand(-1, self.horizon, -1)], dim=2)
+        if not self.relative:
+            return steps
+        return th.cat([steps, state[:, None, : self.free_dim].expand(-1, self.horizon, -1)], dim=2)
 
     # ------------------------------------------------------------------ losses
 
