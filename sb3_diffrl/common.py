@@ -10,6 +10,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from sb3_diffrl.native.norm import total_norm
+
 #: What to do about a NaN or infinite number: raise a ``NonFiniteError``, or leave out the step that it came in.
 OnNonFinite = Literal["raise", "skip"]
 # After so many steps left out in a row, it is raised nevertheless.
@@ -78,7 +80,7 @@ def check_gradient(
     :raises NonFiniteError: if the loss is not finite, or the norm of the gradient, naming the first parameter that has one
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = th.nn.utils.get_total_norm(gradients)
+    norm = total_norm(gradients)
     if th.isfinite(loss.detach() + norm):
         return norm
     named = ", ".join(f"{name} {value.item()}" for name, value in parts.items() if not th.isfinite(value))

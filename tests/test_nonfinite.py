@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_diffrl import LQL, NCLQL, DiffusionBC, OfflineDataset
 from sb3_diffrl.common import MAX_SKIPPED, NonFiniteError
+from sb3_diffrl.native.norm import total_norm
 from sb3_diffrl.offline.offline_algorithm import OfflineAlgorithm
 from sb3_diffrl.pg import PG
 from sb3_diffrl.planner import DiffusionPlanner
@@ -324,3 +325,19 @@ def test_extreme_data_and_constant_coordinates_are_learned_from(name: str, scale
     assert all_finite(model)
     action, _ = model.predict(scale * np.ones((3, 3), np.float32))
     assert np.isfinite(action).all()
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [3, 0, 40], [4095, 4096, 4097, 10_000]])
+def test_the_compiled_norm_equals_torchs(sizes: list[int]) -> None:
+    tensors = [th.randn(size) for size in sizes]
+    expected = th.nn.utils.get_total_norm([tensor.double() for tensor in tensors]).float()
+    th.testing.assert_close(total_norm(tensors), expected, rtol=1e-6, atol=0)
+    th.testing.assert_close(total_norm([th.randn(6, 4).T, *tensors]).isfinite(), th.tensor(True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e25])
+@pytest.mark.parametrize("place", [0, 70, 4096, 9_999])
+def test_one_number_that_is_not_finite_makes_the_norm_so(value: float, place: int) -> None:
+    tensors = [th.randn(50), th.randn(100, 100)]
+    tensors[1].view(-1)[place] = value
+    assert not th.isfinite(total_norm(tensors))

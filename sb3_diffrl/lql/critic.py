@@ -2,6 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,8 @@ from sb3_diffrl.native import library
 
 #: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
 LEVEL_EMBEDDING_DIM = native.LEVEL_ROWS
+# Levels from which compiled C embeds them faster than torch
+MIN_COMPILED = 64
 
 
 class StackedLinear(nn.Module):
@@ -57,6 +62,18 @@ def sinusoidal_encoding(n_levels: int, dim: int = LEVEL_EMBEDDING_DIM) -> th.Ten
 def make_activation(activation_fn: type[nn.Module]) -> nn.Module:
     """An activation layer, with a faster one in the place of ``torch.nn.Mish``."""
     return Mish() if activation_fn is nn.Mish else activation_fn()
+
+
+@cache
+def gpu_kernels(device: th.device) -> ModuleType | None:
+    """``triton_chain`` where its kernel runs, which is tried once; ``None`` elsewhere."""
+    if device.type != "cuda":
+        return None
+    try:
+        from sb3_diffrl.lql import triton_chain
+    except ImportError:
+        return None
+    return triton_chain if triton_chain.runs_on(device) else None
 
 
 class LevelEmbedding(nn.Module):
@@ -136,16 +153,29 @@ class LangevinCritic(BaseModel):
     @property
     def can_compile(self) -> bool:
         """Whether compiled C computes these networks: not a subclass, which may compute something else, and float32 on a CPU."""
-        weight = self.layers[0].weight
         return (
-            type(self) is LangevinCritic
-            and type(self.activation) in native.ACTIVATIONS
+            self.layers[0].weight.device.type == "cpu"
+            and self._is_plain
             and 1 < len(self.layers) <= native.MAX_HIDDEN + 1
             and self.n_critics <= native.MAX_CRITICS
-            and weight.device.type == "cpu"
-            and weight.dtype == th.float32
             and library.load() is not None
         )
+
+    @property
+    def _is_plain(self) -> bool:
+        known = type(self) is LangevinCritic and type(self.activation) in native.ACTIVATIONS
+        return known and self.layers[0].weight.dtype == th.float32
+
+    @property
+    def chain_kernel(self) -> Callable[..., th.Tensor] | None:
+        """What runs whole chains of these networks: compiled C on a CPU, a Triton kernel on a GPU, ``None`` where neither can."""
+        if self.can_compile:
+            return native.sample
+        kernels = gpu_kernels(self.layers[0].weight.device)
+        if kernels is None or not self._is_plain or not kernels.supports([layer.weight for layer in self.layers], self.action_dim):
+            return None
+        sample: Callable[..., th.Tensor] = kernels.sample
+        return sample
 
     @property
     def compiled(self) -> bool:
@@ -170,10 +200,18 @@ class LangevinCritic(BaseModel):
                 levels = self.n_levels - 1
             if isinstance(levels, int):
                 levels = th.full((1,), levels, device=actions.device)
-            embedding = self.level_embedding(levels)
+            embedding = self._embed(self.level_embedding, levels)
             inputs = th.cat([inputs.expand(self.n_critics, -1, -1), embedding.expand(-1, len(actions), -1)], dim=2)
         # (n_critics, batch, 1) -> (n_critics, batch)
         return self.evaluate(inputs).squeeze(-1)
+
+    def _embed(self, network: LevelEmbedding, levels: th.Tensor) -> th.Tensor:
+        if len(levels) < MIN_COMPILED or not self.compiled:
+            embedding: th.Tensor = network(levels)
+            return embedding
+        layers = (network.hidden, network.output)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return native.stacked_mlp(type(network.activation), network.encoding[levels], weights, biases)
 
     def evaluate(self, inputs: th.Tensor) -> th.Tensor:
         """The networks themselves: ``(batch, in)`` or ``(n_critics, batch, in)`` to ``(n_critics, batch, 1)``."""
@@ -188,20 +226,22 @@ class LangevinCritic(BaseModel):
 
     @th.no_grad()
     def sample(self, sampler: LangevinSampler, features: th.Tensor, draws: ChainDraws, dtype: th.dtype = th.float32) -> th.Tensor:
-        """``sampler.sample()`` on the gradient of the critics' sum, in compiled C (see ``native.sample()``).
+        """``sampler.sample()`` on the gradient of the critics' sum, by ``chain_kernel``.
 
         :param features: ``(batch, features_dim)``
         :param draws: start and noise of ``batch`` chains
         :param dtype: of what multiplies in the hidden layers
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
+        kernel = self.chain_kernel
+        assert kernel is not None, "no kernel for these networks: see `chain_kernel`"
         weights, biases = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
         level_terms = None
         if self.level_embedding is not None:
-            embedding = self.level_embedding(th.arange(self.n_levels))
+            embedding = self.level_embedding(th.arange(self.n_levels, device=features.device))
             # (n_critics, n_levels, 16) x (n_critics, 16, width)
             level_terms = th.bmm(embedding, weights[0][:, self.features_dim + self.action_dim :])
-        return native.sample(sampler, type(self.activation), weights, biases, level_terms, features, draws, dtype)
+        return kernel(sampler, type(self.activation), weights, biases, level_terms, features, draws, dtype)
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor, levels: th.Tensor | int | None = None) -> tuple[th.Tensor, ...]:
         """Value of each network in units of the env's rewards, as SB3 gives them: ``n_critics`` tensors ``(batch, 1)``.

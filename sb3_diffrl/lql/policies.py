@@ -34,7 +34,7 @@ BACKENDS: dict[Backend, str] = {
     "native": "compiled",
     "torch": "hand-written, in torch",
     "autograd": "by automatic differentiation",
-    "cuda_graphs": "hand-written, in torch, launched as CUDA graphs",
+    "cuda_graphs": "launched as CUDA graphs",
 }
 
 
@@ -57,8 +57,8 @@ class LangevinPolicy(SafePolicySaving):
     :param reward_scale: factor on the rewards that the critics learn from
     :param backend: what computes the chains, see ``LangevinPolicy.chain_backend``; the fastest that the critics allow if ``"auto"``
     :param chain_dtype: ``"bfloat16"``: compiled chains multiply rounded numbers in the hidden layers, in about half the time for
-        large batches, where the processor can (AVX512-BF16), else as ``"float32"``. Deterministic actions, and the critics'
-        values and gradients in updates, are in float32 all the same.
+        large batches, where the processor can (AVX512-BF16; so can a GPU's kernel), else as ``"float32"``. Deterministic actions,
+        and the critics' values and gradients in updates, are in float32 all the same.
     """
 
     default_features_extractor_class: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
@@ -216,13 +216,12 @@ class LangevinPolicy(SafePolicySaving):
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
         backend = self.chain_backend
-        if backend != "autograd" and not any(True for _ in self.critic.features_extractor.parameters()):
-            if backend == "native":
-                return self._run_fixed_chains(self.critic.features(obs), th.float32)
-            if self.device.type != "mps":  # which has no double precision
-                return self._run_fixed_chains(self.critic.features(obs), th.float64)
+        is_exact = self._has_kernel
+        is_batched = backend != "autograd" and not any(True for _ in self.critic.features_extractor.parameters())
+        if is_batched and (is_exact or self.device.type != "mps"):  # which has no double precision
+            return self._run_fixed_chains(self.critic.features(obs), th.float32 if is_exact else th.float64)
+        dtype = th.float32 if is_exact else None
         rows = _split_rows(obs)
-        dtype = th.float32 if backend == "native" else None
         return th.cat([self._run_fixed_chains(self.critic.features(row), dtype) for row in rows])
 
     def _run_fixed_chains(self, features: th.Tensor, dtype: th.dtype | None = None) -> th.Tensor:
@@ -262,39 +261,51 @@ class LangevinPolicy(SafePolicySaving):
     def chain_backend(self) -> Backend:
         """What computes the chains, the fastest that the critics allow unless ``backend`` says otherwise.
 
-        ``"native"``: compiled C, for the package's own critics on a CPU, which then train in it, too; ``"torch"``: hand-written
-        gradient, for the same critics on any device; ``"autograd"``: automatic gradient, for any critic; ``"cuda_graphs"``: as
-        ``"torch"``, chains and whole updates launched as CUDA graphs; only where it is asked for, and as ``"auto"`` on a CPU.
+        ``"native"``: one kernel for whole chains of the package's own critics, compiled C on a CPU (where the critics then train in
+        it, too), Triton's on a GPU; ``"torch"``: hand-written gradient, for the same critics on any device; ``"autograd"``:
+        automatic gradient, for any critic; ``"cuda_graphs"``: chains, by the kernel or in torch, and whole updates launched as CUDA
+        graphs. On a GPU neither kernel nor graphs are taken unless asked for; on a CPU ``"cuda_graphs"`` is as ``"auto"``.
 
         :raises RuntimeError: if ``backend`` asks for one that cannot be had
         """
-        can_torch = StackedMlpQGradient.supports(self.critic)
-        usable: dict[Backend, bool] = {"native": self.critic.can_compile, "torch": can_torch, "autograd": True}
+        has_kernel, can_torch = self.critic.chain_kernel is not None, StackedMlpQGradient.supports(self.critic)
+        on_gpu = self.device.type == "cuda"
         if self.backend == "auto" or (self.backend == "cuda_graphs" and self.device.type == "cpu"):
-            return next(name for name, is_usable in usable.items() if is_usable)
-        usable["cuda_graphs"] = can_torch and self.device.type == "cuda"
+            choices: dict[Backend, bool] = {"native": has_kernel and not on_gpu, "torch": can_torch, "autograd": True}
+            return next(name for name, is_usable in choices.items() if is_usable)
+        usable = {"native": has_kernel, "torch": can_torch, "autograd": True, "cuda_graphs": can_torch and on_gpu}
         if not usable[self.backend]:
             raise RuntimeError(f'`backend={self.backend!r}` cannot compute this critic here; use `backend="auto"`.')
         return self.backend
 
     @property
+    def _has_kernel(self) -> bool:
+        return self.chain_backend in ("native", "cuda_graphs") and self.critic.chain_kernel is not None
+
+    @property
     def product_dtype(self) -> th.dtype:
         """Of what multiplies in the hidden layers of chains, see ``chain_dtype``."""
-        rounds = self.chain_dtype == "bfloat16" and self.chain_backend == "native" and library.multiplies_bfloat16()
-        return th.bfloat16 if rounds else th.float32
+        return self._product_dtype(self._has_kernel)
+
+    def _product_dtype(self, has_kernel: bool) -> th.dtype:
+        if self.chain_dtype == "float32" or not has_kernel:
+            return th.float32
+        return th.bfloat16 if self.device.type == "cuda" or library.multiplies_bfloat16() else th.float32
 
     def _chains(self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None) -> th.Tensor:
         backend = self.chain_backend
-        if backend == "native":
-            return self.critic.sample(self.sampler, features, draws, dtype or self.product_dtype)
         if backend == "autograd":
             return self.sampler.sample(AutogradQGradient(self.critic, features), draws)
+        has_kernel = backend != "torch" and self.critic.chain_kernel is not None
+        rounded_to = self._product_dtype(has_kernel) if dtype is None else dtype
 
         def chains(features: th.Tensor, draws: ChainDraws) -> th.Tensor:
+            if has_kernel:
+                return self.critic.sample(self.sampler, features, draws, rounded_to)
             return self.sampler.sample(StackedMlpQGradient(self.critic, features, dtype), draws).to(features.dtype)
 
         if backend == "cuda_graphs" and self._graphs is not None:
-            setting = (self.sampler, dtype, next(self.critic.layers.parameters()).data_ptr())
+            setting = (self.sampler, rounded_to, next(self.critic.layers.parameters()).data_ptr())
             actions: th.Tensor = self._graphs(chains, (features, draws), setting)
             return actions
         return chains(features, draws)

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch as th
 
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c", "beta_policy.c")
-]
+_FILES = ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c", "beta_policy.c", "norm.c")
+SOURCES = [Path(__file__).with_name(name) for name in _FILES]
 HEADER = Path(__file__).with_name("kernels.h")
 # No fast-math: NaN must stay NaN. Products and sums may be fused.
 # Tuned for none: GCC's tuning for some processors fuses them in one tile and not in another, and a row's result would depend on
@@ -108,6 +107,7 @@ def load() -> ctypes.CDLL | None:
     for name in ("langevin_run", "mlp_forward", "mlp_backward", "transformer_run", "perceptron_run"):
         _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None)
     _declare(library.beta_policy_run, [ctypes.c_void_p] * 2, None)
+    _declare(library.total_norm, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], ctypes.c_float)
     _declare(library.has_bf16_products, [], ctypes.c_int)
     for name in ("transformer_pack", "perceptron_pack"):
         _declare(getattr(library, name), [ctypes.c_void_p] * 4, None)
