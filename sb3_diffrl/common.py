@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_diffrl.native.norm import total_norm
+from sb3_diffrl.native.vectors import total_norm
 
 #: What to do about a NaN or infinite number: raise a ``NonFiniteError``, or leave out the step that it came in.
 OnNonFinite = Literal["raise", "skip"]

@@ -1,6 +1,7 @@
 """The denoising networks: what they start as, what they see, and that they learn."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch as th
@@ -21,6 +22,7 @@ from sb3_diffrl.diffusion import (
     make_schedule,
     native,
 )
+from sb3_diffrl.diffusion.layers import Linear, TanhGELU
 from sb3_diffrl.diffusion.transformer import BLOCK_VECTORS, SHORT, Block, attention
 from sb3_diffrl.native import library
 
@@ -364,3 +366,40 @@ def test_a_subclass_of_a_denoiser_computes_what_it_says() -> None:
     assert not native.supports(type("Other", (MlpDenoiser,), {})(3, 2, (32, 32)))
     model = DiffusionModel(Silent(3, 8, d_model=32, head_dim=16), DiffusionProcess(make_schedule("vp", 0)))
     assert not model._can_compile(th.randn(2, 8, 3), None, "ddim", None, None)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (70, 300), (40, 7, 96)])
+@pytest.mark.parametrize("make", [lambda n: Linear(n, 33), lambda _: TanhGELU()], ids=["linear", "gelu"])
+def test_fast_layers_equal_torchs(make: Callable[[int], nn.Module], shape: tuple[int, ...]) -> None:
+    fast = make(shape[-1])
+    if isinstance(fast, Linear):
+        plain: nn.Module = nn.Linear(shape[-1], 33)
+        plain.load_state_dict(fast.state_dict())
+    else:
+        plain = nn.GELU(approximate="tanh")
+    x = (3 * th.randn(shape)).requires_grad_()
+    results = []
+    for layer, double in ((plain, True), (fast, False)):
+        inputs = x.double() if double else x
+        layer = layer.double() if double else layer
+        y = layer(inputs)
+        weights = th.cos(th.arange(y.numel())).view_as(y)
+        sources, loss = [x, *layer.parameters()], (y * weights).sum()
+        gradients = th.autograd.grad(loss, sources, retain_graph=True)
+        (first,) = th.autograd.grad(loss, x, create_graph=True)
+        results.append([y.detach(), *gradients, *th.autograd.grad(loss + first.square().sum(), sources)])
+        with th.no_grad():
+            th.testing.assert_close(layer(inputs), y, rtol=1e-5, atol=1e-5)
+    for expected, result in zip(*results, strict=True):
+        th.testing.assert_close(result, expected.float(), rtol=1e-4, atol=2e-5 * float(1 + expected.abs().max()))
+
+
+def test_fast_layers_compute_other_layouts_and_types() -> None:
+    linear, gelu = Linear(200, 8), TanhGELU()
+    x = th.randn(200, 120).T
+    th.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+    th.testing.assert_close(gelu(x), nn.functional.gelu(x, approximate="tanh"))
+    assert gelu(x.double()).dtype == linear.double()(x.double()).dtype == th.float64
+    spread = th.randn(400, 2, 64)[:, 0].requires_grad_()  # and a gradient that is not contiguous
+    (expected,) = th.autograd.grad(nn.functional.gelu(spread, approximate="tanh").T.cos().sum(), spread)
+    th.testing.assert_close(th.autograd.grad(gelu(spread).T.cos().sum(), spread)[0], expected)

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_diffrl import LQL, NCLQL, DiffusionBC, OfflineDataset
 from sb3_diffrl.common import MAX_SKIPPED, NonFiniteError
-from sb3_diffrl.native.norm import total_norm
+from sb3_diffrl.native.vectors import total_norm
 from sb3_diffrl.offline.offline_algorithm import OfflineAlgorithm
 from sb3_diffrl.pg import PG
 from sb3_diffrl.planner import DiffusionPlanner

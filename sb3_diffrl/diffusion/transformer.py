@@ -4,6 +4,7 @@ import torch as th
 from torch import nn
 
 from sb3_diffrl.diffusion.embeddings import sines_and_cosines, sinusoidal_frequencies
+from sb3_diffrl.diffusion.layers import Linear, TanhGELU
 
 # Vectors that set a block: shift, scale and gate of the attention and of the perceptron.
 BLOCK_VECTORS = 6
@@ -50,11 +51,11 @@ class Block(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.attention_norm = nn.LayerNorm(d_model, elementwise_affine=False, eps=1e-6)
-        self.query = nn.Linear(d_model, d_model)
-        self.key_value = nn.Linear(d_model, 2 * d_model)
-        self.attention_out = nn.Linear(d_model, d_model)
+        self.query = Linear(d_model, d_model)
+        self.key_value = Linear(d_model, 2 * d_model)
+        self.attention_out = Linear(d_model, d_model)
         self.mlp_norm = nn.LayerNorm(d_model, elementwise_affine=False, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(approximate="tanh"), nn.Linear(4 * d_model, d_model))
+        self.mlp = nn.Sequential(Linear(d_model, 4 * d_model), TanhGELU(), Linear(4 * d_model, d_model))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -180,6 +181,6 @@ def attention(query: th.Tensor, key: th.Tensor, value: th.Tensor) -> th.Tensor:
     """
     if query.device.type != "cpu" or key.shape[2] > SHORT:
         return nn.functional.scaled_dot_product_attention(query, key, value)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     attended: th.Tensor = scores.softmax(-1) @ value
     return attended

@@ -114,9 +114,10 @@ INLINE void activate(int kind, vec z, vec *value, vec *slope) {
     } else if (kind == GELU) {
         /* the tanh approximation, z / (1 + exp(-2 u)), u = sqrt(2 / pi) (z + 0.044715 z^3) */
         vec u = 1.59576912f * (z + 0.044715f * z * z * z);
-        vec s = 1.0f / (1.0f + exponential(at_most(-u, 80.0f)));
+        vec e = exponential(at_most(-u, 80.0f));
+        vec s = 1.0f / (1.0f + e);
         *value = z * s;
-        *slope = s + z * s * (1.0f - s) * (1.59576912f + 0.214071f * z * z);
+        *slope = s + z * s * (e * s) * (1.59576912f + 0.21406444f * z * z);
     } else {
         /* u = exp(z), m = 1 + u, r = 2 / (1 + m^2): tanh(softplus(z)) = 1 - r, of derivative u m r^2 */
         vec u = exponential(at_most(z, 20.0f));

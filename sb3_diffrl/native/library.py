@@ -21,7 +21,7 @@ from typing import Any
 
 import torch as th
 
-_FILES = ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c", "beta_policy.c", "norm.c")
+_FILES = ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c", "beta_policy.c", "vectors.c")
 SOURCES = [Path(__file__).with_name(name) for name in _FILES]
 HEADER = Path(__file__).with_name("kernels.h")
 # No fast-math: NaN must stay NaN. Products and sums may be fused.
@@ -108,6 +108,8 @@ def load() -> ctypes.CDLL | None:
         _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None)
     _declare(library.beta_policy_run, [ctypes.c_void_p] * 2, None)
     _declare(library.total_norm, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], ctypes.c_float)
+    _declare(library.gelu, [ctypes.c_void_p] * 2 + [ctypes.c_long] * 2, None)
+    _declare(library.gelu_backward, [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2, None)
     _declare(library.has_bf16_products, [], ctypes.c_int)
     for name in ("transformer_pack", "perceptron_pack"):
         _declare(getattr(library, name), [ctypes.c_void_p] * 4, None)

@@ -1,4 +1,4 @@
-"""Length of a gradient."""
+"""The norm of a gradient that is spread over several tensors."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,17 @@ import torch as th
 from sb3_diffrl.native.library import load, long_array, pointer_array
 
 
+def _is_plain(x: th.Tensor) -> bool:
+    return x.dtype == th.float32 and x.device.type == "cpu" and x.is_contiguous()
+
+
 def total_norm(tensors: Sequence[th.Tensor]) -> th.Tensor:
     """L2 norm of several tensors as of one vector, as ``torch.nn.utils.get_total_norm()``; compiled where it can be.
 
     :return: scalar; not finite if one of the numbers is not
     """
     library = load()
-    plain = all(x.dtype == th.float32 and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
-    if library is None or not plain:
+    if library is None or not all(map(_is_plain, tensors)):
         return th.nn.utils.get_total_norm(tensors)
     sizes = long_array([x.numel() for x in tensors])
     return th.tensor(library.total_norm(pointer_array(tensors), sizes, len(tensors)))

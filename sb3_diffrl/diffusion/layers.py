@@ -1,0 +1,89 @@
+"""Layers of the transformer that train faster on a CPU than torch's own, with the same numbers up to rounding."""
+
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from sb3_diffrl.native.library import load
+
+# Numbers from which these layers are faster than torch's, and from which another thread brings more than it costs
+MIN_NUMBERS, MIN_PER_THREAD = 2**14, 2**15
+# oneDNN's product with its bias, which torch's own compiler uses, too; `torch.nn.functional.linear` copies the bias first and then
+# adds MKL's product, which is slower by a sixth on AMD's processors.
+_linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
+
+
+def _is_plain(x: th.Tensor) -> bool:
+    return x.dtype == th.float32 and x.device.type == "cpu" and x.is_contiguous()
+
+
+class _LinearFunction(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+        ctx.save_for_backward(x, weight)
+        assert _linear is not None
+        y: th.Tensor = _linear(x, weight, bias, "none", [], "")
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
+        assert _linear is not None
+        x_gradient: th.Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            # A second derivative may be asked for.
+            product = rows @ weight if th.is_grad_enabled() else _linear(rows, weight.T, None, "none", [], "")
+            x_gradient = product.view(x.shape)
+        return x_gradient, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` with a bias."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """``(..., in_features) -> (..., out_features)``"""
+        learns = th.is_grad_enabled() and self.weight.requires_grad
+        if _linear is None or not learns or x.numel() < MIN_NUMBERS or not _is_plain(x) or self.weight.dtype != th.float32:
+            return super().forward(x)
+        y: th.Tensor = _LinearFunction.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _GeluFunction(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor) -> th.Tensor:
+        library, y = load(), th.empty_like(x)
+        assert library is not None
+        ctx.save_for_backward(x)
+        library.gelu(x.data_ptr(), y.data_ptr(), x.numel(), _n_threads(x))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
+        library, (x,) = load(), ctx.saved_tensors
+        if th.is_grad_enabled() or not _is_plain(gradient):  # a second derivative may be asked for
+            result: th.Tensor = th.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+            return result
+        assert library is not None
+        result = th.empty_like(x)
+        library.gelu_backward(x.data_ptr(), gradient.data_ptr(), result.data_ptr(), x.numel(), _n_threads(x))
+        return result
+
+
+def _n_threads(x: th.Tensor) -> int:
+    return max(1, min(th.get_num_threads(), x.numel() // MIN_PER_THREAD))
+
+
+class TanhGELU(nn.GELU):
+    """``torch.nn.GELU(approximate="tanh")``."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """Elementwise, any shape."""
+        if x.numel() < MIN_NUMBERS or not _is_plain(x) or load() is None:
+            return super().forward(x)
+        value: th.Tensor = _GeluFunction.apply(x)  # type: ignore[no-untyped-call]
+        return value
