@@ -125,12 +125,20 @@ def test_clones_actions_in_the_envs_units() -> None:
     np.testing.assert_allclose(np.median(actions, axis=0), [0.4, 5.1], atol=0.05)
 
 
-def test_sampler_settings_can_be_changed_after_training() -> None:
+@pytest.mark.parametrize("on", ["model", "policy"])
+def test_sampler_settings_can_be_changed_after_training_and_are_saved(on: str, tmp_path: Any) -> None:
     model = make_model(prediction_type="sample")
     obs = np.zeros(3, np.float32)
     before, _ = model.predict(obs, deterministic=True)
-    model.policy.num_inference_steps = 3
-    assert not np.array_equal(model.predict(obs, deterministic=True)[0], before)
+    changed: Any = model if on == "model" else model.policy
+    changed.num_inference_steps = 3
+    changed.solver = "ddpm"
+    after, _ = model.predict(obs, deterministic=True)
+    assert not np.array_equal(after, before)
+    model.save(tmp_path / "model")
+    loaded = DiffusionBC.load(tmp_path / "model", device="cpu")
+    assert (loaded.num_inference_steps, loaded.policy.solver) == (3, "ddpm")
+    np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], after)
 
 
 def test_the_policy_alone_is_saved_and_loaded(tmp_path: Any) -> None:

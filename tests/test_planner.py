@@ -353,13 +353,14 @@ def test_values_are_of_plans_in_any_precision_and_of_the_right_shape() -> None:
             model.value(wrong)
 
 
-def test_how_it_samples_may_be_changed_on_the_policy_and_is_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", ["model", "policy"])
+def test_how_it_samples_may_be_changed_on_a_trained_model_and_is_saved(on: str, tmp_path: Path) -> None:
     model = make_planner(train_for=("cg", "cfg"))
     changed: dict[str, Any] = {"n_candidates": 7, "cg_scale": 3.0, "cfg_scale": 1.5, "cfg_target": 0.5, "num_inference_steps": 2}
     changed |= {"num_action_steps": 3, "temperature": 0.0, "guidance": "mcss"}
     for name, value in changed.items():
-        setattr(model.policy, name, value)
-    assert model.guidance == "mcss"
+        setattr(model if on == "model" else model.policy, name, value)
+    assert {name: getattr(model, name) for name in changed} == {name: getattr(model.policy, name) for name in changed} == changed
     model.save(tmp_path / "model")
     loaded = DiffusionPlanner.load(tmp_path / "model", device="cpu")
     assert {name: getattr(loaded.policy, name) for name in changed} == changed

@@ -14,6 +14,7 @@ from sb3_diffrl.diffusion.process import PredictionType, Solver
 from sb3_diffrl.diffusion.schedules import ScheduleName
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics, OfflineAlgorithm
+from sb3_diffrl.offline.policies import of_policy
 from sb3_diffrl.offline.reading import DatasetSource
 from sb3_diffrl.timesteps.samplers import TimestepSampler
 
@@ -79,6 +80,8 @@ class DiffusionBC(OfflineAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
     policy: DiffusionPolicy
+    settings_of_policy: ClassVar[tuple[str, ...]] = ("num_inference_steps", "solver")
+    num_inference_steps, solver = map(of_policy, settings_of_policy)
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class DiffusionBC(OfflineAlgorithm):
         self.num_inference_steps = num_inference_steps
         self.beta_schedule: ScheduleName = beta_schedule
         self.prediction_type: PredictionType = prediction_type
-        self.solver: Solver = solver
+        self.solver = solver
         self.ema_decay = ema_decay
         self.timestep_sampler = timestep_sampler
         super().__init__(

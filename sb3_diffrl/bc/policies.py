@@ -24,7 +24,7 @@ DETERMINISTIC_SEED = 0
 class DiffusionPolicy(TimestepSamplerMixin, OfflinePolicy):
     """Actions are denoised from Gaussian noise by a network that sees the observation.
 
-    The sampler's settings may be changed on a trained policy: ``model.policy.num_inference_steps = 5``.
+    The sampler's settings may be changed on a trained policy: ``model.num_inference_steps = 5``, likewise ``solver``.
 
     :param observation_space: observation space, as in the dataset
     :param action_space: bounded Box

@@ -11,7 +11,7 @@ from sb3_diffrl.native.library import load
 MIN_NUMBERS, MIN_PER_THREAD = 2**14, 2**15
 # oneDNN's product with its bias, which torch's own compiler uses, too; `torch.nn.functional.linear` copies the bias first and then
 # adds MKL's product, which is slower by a sixth on AMD's processors.
-_linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
+_linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 
 def _is_plain(x: th.Tensor) -> bool:

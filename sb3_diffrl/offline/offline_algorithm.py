@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -83,6 +83,8 @@ class OfflineAlgorithm(SafeSaving, ABC):
 
     policy: OfflinePolicy
     generator: th.Generator
+    #: How the policy samples, see ``of_policy()``
+    settings_of_policy: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -381,6 +383,8 @@ class OfflineAlgorithm(SafeSaving, ABC):
         :param include: names of attributes to save although they usually are not
         """
         self._generator_state = (self.device.type, self.generator.get_state().cpu().numpy())
+        # The policy is made anew from the model's attributes when the file is loaded.
+        self.__dict__.update({name: getattr(self, name) for name in self.settings_of_policy})
         super().save(path, exclude, include)
 
     @classmethod

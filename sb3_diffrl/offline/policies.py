@@ -13,6 +13,21 @@ from sb3_diffrl.offline.spaces import Normalizer, ObservationFlattener
 from sb3_diffrl.saving import SafePolicySaving
 
 
+def of_policy(name: str) -> Any:
+    """An attribute of an algorithm that is its policy's once it has one: changed on either, it is on both, and saved."""
+
+    def get(model: Any) -> Any:
+        policy = model.__dict__.get("policy")
+        return model.__dict__[name] if policy is None else getattr(policy, name)
+
+    def put(model: Any, value: Any) -> None:
+        if model.__dict__.get("policy") is not None:
+            setattr(model.policy, name, value)
+        model.__dict__[name] = value
+
+    return property(get, put)
+
+
 class OfflinePolicy(SafePolicySaving):
     """Policy on flattened, standardised observations (see ``ObservationFlattener``), with actions in the scaled box [-1, 1].
 

@@ -17,7 +17,7 @@ from sb3_diffrl.offline.offline_algorithm import Metrics
 from sb3_diffrl.offline.reading import DatasetSource
 from sb3_diffrl.pg.policies import MlpPolicy, PGPolicy, gaussian_kl, squashed_kl
 from sb3_diffrl.planner.data import Pad
-from sb3_diffrl.planner.diffusion_planner import SAMPLING, DiffusionPlanner
+from sb3_diffrl.planner.diffusion_planner import DiffusionPlanner
 from sb3_diffrl.planner.guidance import GuidanceName, TrainedGuidance
 from sb3_diffrl.planner.policies import CriticName
 from sb3_diffrl.saving.archive import saved_class
@@ -72,7 +72,7 @@ class PG(DiffusionPlanner):
     :param guidance: ``"pg"``; a trained model takes others, see ``DiffusionPlanner``
     :param planner: trained planner (or ``PG``, for its planner), or a path it was saved at: its weights and settings are taken
         over, and ``learn()`` trains the prior alone. How it samples may be given anew. An argument that has its default counts as
-        not given; change ``model.policy`` to sample by a default from a planner that has another value.
+        not given; set the attribute afterwards to sample by a default from a planner that has another value.
     :param planner_fraction: share of ``learn()``'s gradient steps that train the planner, unless one is given
     :param alpha: weight of the KL divergence of the latent's law from N(0, I)
     :param kl_reduction: ``"sum"`` over the entries of the latent, as a KL divergence is, or ``"mean"`` over its steps: alpha is
@@ -214,8 +214,7 @@ class PG(DiffusionPlanner):
                     f"`{name}` is {mine!r}, and the planner was trained with {theirs!r}: leave `{name}` out, or train a planner."
                 )
             setattr(self, name, theirs)
-        planner._take_sampling()
-        for name in (*SAMPLING, "clip_sample"):
+        for name in {*DiffusionPlanner.settings_of_policy, "clip_sample"} - {"guidance"}:
             if getattr(self, name) == parameters[name].default:
                 setattr(self, name, getattr(planner, name))
         made_with = planner.policy._get_constructor_parameters()

@@ -1,6 +1,6 @@
 """Diffusion planning."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
@@ -15,6 +15,7 @@ from sb3_diffrl.common import OnNonFinite, check_count, check_number
 from sb3_diffrl.diffusion.process import PredictionType
 from sb3_diffrl.offline.datasets import OfflineDataset
 from sb3_diffrl.offline.offline_algorithm import Metrics, OfflineAlgorithm
+from sb3_diffrl.offline.policies import of_policy
 from sb3_diffrl.offline.reading import DatasetSource
 from sb3_diffrl.planner.data import Batch, Data, Pad, WindowSettings, check_velocity_indices, prepare_data
 from sb3_diffrl.planner.guidance import GuidanceName, TrainedGuidance
@@ -27,11 +28,6 @@ SelfDiffusionPlanner = TypeVar("SelfDiffusionPlanner", bound="DiffusionPlanner")
 TD_TAU = 0.005
 # Windows that the units of a plan's steps are taken from.
 SCALE_WINDOWS = 10_000
-
-
-# How a policy samples, which may be changed on it.
-SAMPLING: tuple[str, ...] = ("n_candidates", "cg_scale", "cfg_scale", "cfg_target", "num_inference_steps", "num_action_steps")
-SAMPLING += ("temperature",)
 
 
 def check_train_for(names: Sequence[str]) -> Sequence[str]:
@@ -67,7 +63,8 @@ class DiffusionPlanner(OfflineAlgorithm):
     https://arxiv.org/abs/2211.15657. The deviations are listed on the documentation's page.
 
     A trained model takes another guidance at once, ``model.guidance = "mcss"``, where that needs no further training: ``"none"``
-    and ``"mcss"`` always, ``"cg"`` and ``"cfg"`` if named by ``guidance`` or ``train_for`` when the model was made.
+    and ``"mcss"`` always, ``"cg"`` and ``"cfg"`` if named by ``guidance`` or ``train_for`` when the model was made. Likewise
+    ``n_candidates``, ``cg_scale``, ``cfg_scale``, ``cfg_target``, ``num_inference_steps``, ``num_action_steps``, ``temperature``.
 
     :param policy: ``"MlpPolicy"`` or a subclass of ``PlannerPolicy``; sizes of networks are in ``policy_kwargs``
     :param env: environment to evaluate in, the dataset's own by default
@@ -118,6 +115,19 @@ class DiffusionPlanner(OfflineAlgorithm):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": MlpPolicy}
     policy: PlannerPolicy
+    n_candidates, cg_scale, cfg_scale, cfg_target = map(of_policy, ("n_candidates", "cg_scale", "cfg_scale", "cfg_target"))
+    num_inference_steps, num_action_steps = of_policy("num_inference_steps"), of_policy("num_action_steps")
+    temperature, guidance = of_policy("temperature"), of_policy("guidance")
+    settings_of_policy: ClassVar[tuple[str, ...]] = (
+        "n_candidates",
+        "cg_scale",
+        "cfg_scale",
+        "cfg_target",
+        "num_inference_steps",
+        "num_action_steps",
+        "temperature",
+        "guidance",
+    )
 
     def __init__(
         self,
@@ -161,7 +171,7 @@ class DiffusionPlanner(OfflineAlgorithm):
         self.horizon, self.stride, self.discount, self.pad = horizon, stride, discount, pad
         self.velocity_indices = velocity_indices
         self.terminal_reward, self.value_weight, self.critic = terminal_reward, value_weight, critic
-        self._guidance: str = guidance
+        self.guidance = guidance
         # Kept apart from the guidance in use: the networks stay when that changes.
         named = {guidance, *check_train_for(train_for)}
         self.train_for: tuple[str, ...] = tuple(name for name in get_args(TrainedGuidance) if name in named)
@@ -222,22 +232,11 @@ class DiffusionPlanner(OfflineAlgorithm):
 
     def _policy_arguments(self) -> dict[str, Any]:
         names = ["horizon", "critic", "train_for", "ema_decay", "timestep_sampler", "clip_sample", "prediction_type", "relative"]
-        arguments = {name: getattr(self, name) for name in (*names, *SAMPLING)} | {"guidance": self._guidance}
+        arguments = {name: getattr(self, name) for name in (*names, *self.settings_of_policy)}
         misplaced = [name for name in self.policy_kwargs if name in arguments]
         if misplaced:
             raise ValueError(f"`policy_kwargs` has {misplaced[0]!r}, which is an argument of {type(self).__name__} itself.")
         return {**self.policy_kwargs, **arguments}
-
-    def _take_sampling(self) -> None:
-        """Take over how the policy samples, which may have been changed on it."""
-        for name in SAMPLING:
-            setattr(self, name, getattr(self.policy, name))
-        self._guidance = self.policy.guidance
-
-    def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """See ``OfflineAlgorithm.save()``."""
-        self._take_sampling()  # the policy is made anew from the model's attributes when the file is loaded
-        super().save(path, exclude, include)
 
     def _prepare_data(self, dataset: OfflineDataset) -> Data:
         assert isinstance(self.action_space, spaces.Box)
@@ -254,18 +253,6 @@ class DiffusionPlanner(OfflineAlgorithm):
         )
 
     # ------------------------------------------------------------------ use
-
-    @property
-    def guidance(self) -> str:
-        """How plans are chosen; may be changed to any for which the model is trained.
-
-        :raises ValueError: if there is no such guidance, or the model is not trained for it; the message names those it is
-        """
-        return self.policy.guidance
-
-    @guidance.setter
-    def guidance(self, name: str) -> None:
-        self.policy.guidance = name
 
     def plan(self, observation: Any, deterministic: bool = False) -> np.ndarray:
         """The plans that ``predict()`` would act on.

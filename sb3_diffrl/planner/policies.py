@@ -108,7 +108,7 @@ class StateValue(nn.Module):
 class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
     """Plans the states to come by diffusion, and acts so that the second of them is reached.
 
-    The sampler's settings may be changed on a trained policy: ``model.policy.num_inference_steps = 10``, likewise
+    The sampler's settings may be changed on a trained policy: ``model.num_inference_steps = 10``, likewise
     ``num_action_steps``, ``temperature``, ``n_candidates``, ``cg_scale``, ``cfg_scale``, ``cfg_target`` and ``guidance``.
 
     :param observation_space: observation space, as in the dataset
