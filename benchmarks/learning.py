@@ -41,6 +41,8 @@ PENDULUM: dict[str, Any] = {"batch_size": 64, "learning_starts": 1_000, "policy_
 
 # name: (algorithm, arguments)
 SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Full size, for a GPU: --device cuda --override '{"policy_kwargs": {"backend": "cuda_graphs"}}'
+    "nclql": ("nclql", {"learning_starts": 5_000}),
     "nclql-small": ("nclql", SMALL),
     "nclql-small-bf16": ("nclql", SMALL_BF16),
     "nclql-small-paper": ("nclql", {**SMALL, **PAPER}),
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--eval-freq", type=int, default=5_000)
     parser.add_argument("--eval-episodes", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--override", type=json.loads, default={}, help="JSON of further arguments of the agent")
     parser.add_argument("--name", help="name of the result files, <setup>-<env>-s<seed> by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -102,10 +105,11 @@ def main() -> None:
     kwargs = {**kwargs, **args.override}
     name = args.name or f"{args.setup}-{args.env}-s{args.seed}"
     args.out.mkdir(parents=True, exist_ok=True)
-    model = ALGORITHMS[algorithm]("MlpPolicy", args.env, seed=args.seed, device="cpu", **kwargs)
+    model = ALGORITHMS[algorithm]("MlpPolicy", args.env, seed=args.seed, device=args.device, **kwargs)
     described = {"algorithm": algorithm, "env": args.env, "seed": args.seed, "steps": args.steps, **kwargs}
     command = f"python benchmarks/learning.py --setup {args.setup} --env {args.env} --seed {args.seed} --steps {args.steps}"
     command += f" --eval-freq {args.eval_freq} --eval-episodes {args.eval_episodes}"
+    command += f" --device {args.device}" if args.device != "cpu" else ""
     command += f" --override '{json.dumps(args.override)}'" if args.override else ""
     (args.out / f"{name}.json").write_text(json.dumps(metadata(described, command), indent=2) + "\n")
     callback = Evaluation(args.out / f"{name}.csv", args.env, args.seed, args.eval_freq, args.eval_episodes)

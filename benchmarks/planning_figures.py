@@ -23,6 +23,14 @@ SOURCE = RESULTS / "planning"
 # The time limits of the mazes.
 EPISODE_STEPS = {"umaze": 300, "medium": 600}
 LOCOMOTION = ("halfcheetah-medium", "halfcheetah-medium-replay", "hopper-medium", "hopper-medium-replay")
+# Tasks that are compared
+SAMPLERS = {"uniform": "umaze-uniform", "adaptive": "umaze-adaptive"}
+FAULTS = {
+    "as shipped": "umaze-uniform",
+    "windows that end at the goal, at rest (not a fault)": "umaze-to-goal-at-rest",
+    "windows that end at the goal, in motion": "umaze-to-goal-moving",
+    "residual added to the normed input": "umaze-normed-residual",
+}
 LABELS = {
     "controller": "controller, no noise",
     "bc": "DiffusionBC, deterministic",
@@ -121,16 +129,39 @@ def denoised_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def samplers_table() -> str:
-    """Markdown table of the planner's timestep samplers, on umaze: mean value of the first plans, and mean return."""
+def comparison(what: str, tasks: dict[str, str], columns: dict[str, str]) -> str:
+    """Markdown table of tasks that differ in one thing, a row each.
+
+    :param what: differs
+    :param tasks: label of each task -> its name
+    :param columns: column of the raw files -> its heading and how it is written, such as ``"return .0f"``
+    """
     methods = ("none", "pg", "pg-sampled")
-    head = ["timesteps", "seeds"] + [f"{LABELS[method]}: {column}" for method in methods for column in ("plan's value", "return")]
+    formats = {column: text.rsplit(" ", 1) for column, text in columns.items()}
+    head = [what, "seeds"] + [f"{LABELS[method]}: {label}" for method in methods for label, _ in formats.values()]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for sampler, task in {"uniform": "umaze-uniform", "adaptive": "umaze-adaptive"}.items():
+    for label, task in tasks.items():
         results = load(task)
-        cells = [sampler, ", ".join(map(str, results["pg"]))]
+        cells = [label, ", ".join(map(str, results["pg"]))]
         for method in methods:
-            cells += ["{:.1f} ± {:.1f}".format(*interval(results[method], column)) for column in ("plan_value", "return")]
+            for column, (_, form) in formats.items():
+                cells.append(" ± ".join(format(number, form) for number in interval(results[method], column)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table(path: Path) -> str:
+    """Markdown table of ``planning_ablation.py``: a row a variant, of its episodes' means."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    head = ["variant", "mean: return", "that latches", "success", "sample: return", "that latches", "success"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [variant]
+        for acting in ("mean", "sample"):
+            own = [row for row in rows if (row["variant"], row["acting"]) == (variant, acting)]
+            values = {name: np.array([float(row[name]) for row in own]) for name in ("return", "latched", "success")}
+            cells += [f"{values['return'].mean():.0f}", f"{values['latched'].mean():.0f}", f"{values['success'].mean():.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -164,8 +195,10 @@ def draw_maze(axes: Any, maze_map: list[list[Any]]) -> None:
 def paths_figure(path: Path, out: Path) -> None:
     """A panel for each guidance: executed paths as lines, the first plans as dots."""
     described = json.loads(path.read_text())
-    methods = [name for name in LABELS if name in described["methods"]]
-    figure, grid = plt.subplots(2, (len(methods) + 1) // 2, figsize=(11, 7.5), layout="constrained")
+    methods = [name for name in LABELS if name in described["methods"] and not name.endswith("-as-learnt")]
+    columns = (len(methods) + 1) // 2
+    height = 22 / columns * len(described["maze"]) / len(described["maze"][0]) + 0.8
+    figure, grid = plt.subplots(2, columns, figsize=(11, height), layout="constrained")
     for axes in grid.flat[len(methods) :]:
         axes.axis("off")
     for axes, method in zip(grid.flat, methods, strict=False):
@@ -175,7 +208,7 @@ def paths_figure(path: Path, out: Path) -> None:
             axes.plot(*np.array(walked).T, color=f"C{i}", linewidth=1.2)
             axes.plot(*np.array(plan).T, "o", color=f"C{i}", markersize=3)
         axes.plot(*np.array(described["goals"]).T, "*", color="k", markersize=11)
-        axes.set_title(LABELS[method].replace("`", "").replace("*", ""))
+        axes.set_title(LABELS[method].replace("`", "").replace("*", ""), fontsize=10)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
@@ -207,8 +240,10 @@ def main() -> None:
         value_figure(results, FIGURES / f"planning-{task}-value.png")
     (TABLES / "planning-denoised.md").write_text(denoised_table())
     (TABLES / "planning-plans.md").write_text(plans_table())
-    if list(SOURCE.glob("umaze-adaptive-s[0-9]-pg.csv")):
-        (TABLES / "planning-samplers.md").write_text(samplers_table())
+    samplers = comparison("timesteps", SAMPLERS, {"plan_value": "plan's value .1f", "return": "return .1f"})
+    (TABLES / "planning-samplers.md").write_text(samplers)
+    (TABLES / "planning-faults.md").write_text(comparison("", FAULTS, {"return": "return .0f", "success": "success .0%"}))
+    (TABLES / "planning-ablation.md").write_text(ablation_table(SOURCE / "umaze-uniform-ablation.csv"))
     for path in sorted(SOURCE.glob("*-paths.json")):
         paths_figure(path, FIGURES / f"planning-{path.stem}.png")
 
