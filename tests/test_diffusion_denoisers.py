@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch as th
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sb3_diffrl.diffusion import (
     Denoise,
@@ -403,3 +404,42 @@ def test_fast_layers_compute_other_layouts_and_types() -> None:
     spread = th.randn(400, 2, 64)[:, 0].requires_grad_()  # and a gradient that is not contiguous
     (expected,) = th.autograd.grad(nn.functional.gelu(spread, approximate="tanh").T.cos().sum(), spread)
     th.testing.assert_close(th.autograd.grad(gelu(spread).T.cos().sum(), spread)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("layer", [Linear(64, 64), TanhGELU()], ids=["linear", "gelu"])
+def test_fast_layers_leave_what_transforms_tensors_to_torch(layer: nn.Module) -> None:
+    x = th.randn(512, 64)
+
+    def loss(x: th.Tensor) -> th.Tensor:
+        result: th.Tensor = layer(x).square().sum()
+        return result
+
+    y = x.clone().requires_grad_()
+    (expected,) = th.autograd.grad(loss(y), y)
+    th.testing.assert_close(th.func.grad(loss)(x), expected, rtol=1e-4, atol=1e-4)
+    th.testing.assert_close(th.vmap(layer)(x[None].expand(2, -1, -1))[1], layer(x))
+    th.testing.assert_close(th.func.jvp(loss, (x,), (x,))[1], (expected * x).sum(), rtol=1e-3, atol=1e-2)
+    output = layer(y)
+    (batched,) = th.autograd.grad(output, y, th.stack([2 * output.detach()] * 2), is_grads_batched=True)
+    th.testing.assert_close(batched[0], expected, rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(th.empty(512, 64)).shape == x.shape
+    with th.autocast("cpu", th.bfloat16):
+        assert layer(x).dtype == (th.bfloat16 if isinstance(layer, Linear) else th.float32)
+    traced = th.jit.trace(layer, x)  # type: ignore[no-untyped-call]
+    th.testing.assert_close(traced(x), layer(x))
+
+
+def test_fast_layers_compute_the_gradients_that_are_asked_for() -> None:
+    layer, x = Linear(64, 64), th.randn(512, 64)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    th.testing.assert_close(layer.bias.grad, th.full((64,), 512.0))
+    y = x.clone().requires_grad_()
+    layer.bias.requires_grad_(False)
+    layer(y).sum().backward()
+    th.testing.assert_close(y.grad, layer.weight.sum(0).expand(512, -1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(th.randn(512, 65))

@@ -378,3 +378,17 @@ def test_values_are_the_same_whether_gradients_follow_or_not() -> None:
     with th.no_grad():
         alone = critic.q_values(features, actions, 2)
     assert th.equal(alone, critic.q_values(features, actions, 2))
+
+
+def test_an_embedding_of_ones_own_is_used_for_any_number_of_rows() -> None:
+    class Embedding(nn.Module):
+        def forward(self, levels: th.Tensor) -> th.Tensor:
+            return levels[None, :, None].expand(2, -1, 16) / 10
+
+    critic = make_critic(5, 2, [8], 2, 3)
+    critic.level_embedding = Embedding()  # type: ignore[assignment]
+    features, actions, levels = th.randn(200, 5), th.rand(200, 2), th.randint(3, (200,))
+    results = []
+    for critic.use_native in (False, True):
+        results.append(critic.q_values(features, actions, levels))
+    th.testing.assert_close(*results)

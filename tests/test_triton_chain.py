@@ -1,6 +1,8 @@
 """The Triton kernel of Langevin chains: on a GPU where there is one, else interpreted on the CPU, where Triton is installed."""
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ pytest.importorskip("triton")
 from sb3_diffrl import NCLQL
 from sb3_diffrl.lql import critic as critic_module
 from sb3_diffrl.lql import triton_chain
+from sb3_diffrl.lql.critic import StackedLinear
 from sb3_diffrl.lql.gradients import AutogradQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
 from sb3_diffrl.lql.policies import Backend
@@ -106,3 +109,56 @@ def test_on_a_gpu_the_backends_agree(n_particles: int) -> None:
         actions[backend] = [model.predict(obs, deterministic=i % 2 == 0)[0] for i in range(10)]
     for backend in backends[1:]:
         np.testing.assert_allclose(actions[backend], actions["torch"], atol=1e-4)
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    critic, sampler = make_critic(OBS, 2, [16, 16], 2, 3, nn.Mish).to(DEVICE), LangevinSampler(3)
+    features, draws = th.randn(4, OBS, device=DEVICE), sampler.draw(4, 2, DEVICE)
+    wrong = [
+        (features[:, :-1], draws),
+        (features, ChainDraws(draws.start, draws.noise[:1])),
+        (features, ChainDraws(draws.start, draws.noise[:, :, :3])),
+        (features, ChainDraws(draws.start[:2], draws.noise)),
+    ]
+    for others in wrong:
+        with pytest.raises(RuntimeError, match="the networks take"):
+            critic.sample(sampler, *others)
+    spread = ChainDraws(*(draw.double().flip(0).flip(0).transpose(-1, -2).contiguous().transpose(-1, -2) for draw in draws))
+    th.testing.assert_close(critic.sample(sampler, features, spread), critic.sample(sampler, features, draws))
+
+
+COMPILE = """
+import sys
+import torch as th
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sb3_diffrl.lql import triton_chain
+
+kernel = triton_chain._chain_kernel
+for n_hidden, width, action_block, dtype in [(1, 16, 16, "bf16"), (1, 64, 64, "fp32"), (3, 256, 16, "bf16"), (3, 256, 16, "fp32")]:
+    products = dict.fromkeys(("hidden", "hidden_transposed", "values"), f"*{dtype}")
+    numbers = dict.fromkeys(("batch", "n_levels", "n_steps", "n_critics", "action_dim"), "i32")
+    constants = {"N_HIDDEN": n_hidden, "WIDTH": width, "ROWS": triton_chain.BLOCK_ROWS, "ACTION_BLOCK": action_block}
+    constants |= {"INNER": min(width, 64 if dtype == "bf16" else 32), "FIRST_INNER": min(width, 32), "ACTIVATION": 3}
+    constants |= {"NORMALIZE": True, "EPS": 1e-8, "PRECISION": "tf32x3"}
+    types = {n: products.get(n) or numbers.get(n) or ("constexpr" if n in constants else "*fp32") for n in kernel.arg_names}
+    source = ASTSource(kernel, types, {(kernel.arg_names.index(n),): value for n, value in constants.items()})
+    options = {"num_warps": triton_chain.WARPS, "num_stages": triton_chain.STAGES}
+    compiled = compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+    assert compiled.metadata.shared < 99 * 1024, compiled.metadata.shared
+print("compiled")
+"""
+
+
+def test_the_kernel_compiles_for_a_gpu() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]
+
+
+def test_of_one_layer_the_products_that_are_not_made_have_the_right_type() -> None:
+    critic = make_critic(OBS, 2, [16], 2, 1, nn.Mish)
+    layers = [layer for layer in critic.layers if isinstance(layer, StackedLinear)]
+    weights, biases = [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
+    arranged = triton_chain._arrange(weights, biases, None, th.randn(3, OBS), 2, th.bfloat16)
+    assert [tensor.dtype for tensor in arranged[4:6]] == [th.bfloat16] * 2

@@ -15,7 +15,20 @@ _linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldn
 
 
 def _is_plain(x: th.Tensor) -> bool:
-    return x.dtype == th.float32 and x.device.type == "cpu" and x.is_contiguous()
+    # Numbers in a CPU's memory, which no tracing, transform (`torch.func`) or autocast has to see
+    return (
+        type(x) is th.Tensor
+        and x.dtype == th.float32
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not th._C._functorch.is_functorch_wrapped_tensor(x)
+        and not th._C._functorch.is_legacy_batchedtensor(x)
+    )
+
+
+def _is_fast(x: th.Tensor) -> bool:
+    seen = th._C._get_tracing_state() or th.compiler.is_compiling() or th.is_autocast_enabled("cpu")
+    return not seen and x.numel() >= MIN_NUMBERS and _is_plain(x)
 
 
 class _LinearFunction(th.autograd.Function):
@@ -29,22 +42,29 @@ class _LinearFunction(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor | None, ...]:
         (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
-        assert _linear is not None
-        x_gradient: th.Tensor | None = None
+        x_gradient, weight_gradient, bias_gradient = None, None, None
         if ctx.needs_input_grad[0]:
-            # A second derivative may be asked for.
-            product = rows @ weight if th.is_grad_enabled() else _linear(rows, weight.T, None, "none", [], "")
-            x_gradient = product.view(x.shape)
-        return x_gradient, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0)
+            if th.is_grad_enabled() or not _is_plain(gradient) or _linear is None:  # a second derivative may be asked for
+                x_gradient = (rows @ weight).view(x.shape)
+            else:
+                x_gradient = _linear(rows, weight.T, None, "none", [], "").view(x.shape)
+        if ctx.needs_input_grad[1]:
+            weight_gradient = rows.T @ x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[2]:
+            bias_gradient = rows.sum(0)
+        return x_gradient, weight_gradient, bias_gradient
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` with a bias."""
+    """``torch.nn.Linear``, with a bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """``(..., in_features) -> (..., out_features)``"""
-        learns = th.is_grad_enabled() and self.weight.requires_grad
-        if _linear is None or not learns or x.numel() < MIN_NUMBERS or not _is_plain(x) or self.weight.dtype != th.float32:
+        learns = th.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if _linear is None or not learns or not _is_fast(x) or x.shape[-1] != self.in_features or self.weight.dtype != x.dtype:
             return super().forward(x)
         y: th.Tensor = _LinearFunction.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y
@@ -83,7 +103,7 @@ class TanhGELU(nn.GELU):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """Elementwise, any shape."""
-        if x.numel() < MIN_NUMBERS or not _is_plain(x) or load() is None:
+        if not _is_fast(x) or load() is None:
             return super().forward(x)
         value: th.Tensor = _GeluFunction.apply(x)  # type: ignore[no-untyped-call]
         return value

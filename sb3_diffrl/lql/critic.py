@@ -24,6 +24,8 @@ from sb3_diffrl.native import library
 
 #: Size of the level embedding, and of its sinusoidal encoding (the reference implementation's value).
 LEVEL_EMBEDDING_DIM = native.LEVEL_ROWS
+#: ``native.sample()`` or its like
+ChainKernel = Callable[..., th.Tensor]
 # Levels from which compiled C embeds them faster than torch
 MIN_COMPILED = 64
 
@@ -167,14 +169,14 @@ class LangevinCritic(BaseModel):
         return known and self.layers[0].weight.dtype == th.float32
 
     @property
-    def chain_kernel(self) -> Callable[..., th.Tensor] | None:
+    def chain_kernel(self) -> ChainKernel | None:
         """What runs whole chains of these networks: compiled C on a CPU, a Triton kernel on a GPU, ``None`` where neither can."""
         if self.can_compile:
             return native.sample
         kernels = gpu_kernels(self.layers[0].weight.device)
         if kernels is None or not self._is_plain or not kernels.supports([layer.weight for layer in self.layers], self.action_dim):
             return None
-        sample: Callable[..., th.Tensor] = kernels.sample
+        sample: ChainKernel = kernels.sample
         return sample
 
     @property
@@ -206,7 +208,8 @@ class LangevinCritic(BaseModel):
         return self.evaluate(inputs).squeeze(-1)
 
     def _embed(self, network: LevelEmbedding, levels: th.Tensor) -> th.Tensor:
-        if len(levels) < MIN_COMPILED or not self.compiled:
+        known = type(network) is LevelEmbedding and type(network.activation) in native.ACTIVATIONS
+        if len(levels) < MIN_COMPILED or not self.compiled or not known:
             embedding: th.Tensor = network(levels)
             return embedding
         layers = (network.hidden, network.output)
@@ -225,15 +228,23 @@ class LangevinCritic(BaseModel):
         return q_values
 
     @th.no_grad()
-    def sample(self, sampler: LangevinSampler, features: th.Tensor, draws: ChainDraws, dtype: th.dtype = th.float32) -> th.Tensor:
-        """``sampler.sample()`` on the gradient of the critics' sum, by ``chain_kernel``.
+    def sample(
+        self,
+        sampler: LangevinSampler,
+        features: th.Tensor,
+        draws: ChainDraws,
+        dtype: th.dtype = th.float32,
+        kernel: ChainKernel | None = None,
+    ) -> th.Tensor:
+        """``sampler.sample()`` on the gradient of the critics' sum, by a kernel.
 
         :param features: ``(batch, features_dim)``
         :param draws: start and noise of ``batch`` chains
         :param dtype: of what multiplies in the hidden layers
+        :param kernel: ``chain_kernel``, looked up if ``None``
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
-        kernel = self.chain_kernel
+        kernel = kernel or self.chain_kernel
         assert kernel is not None, "no kernel for these networks: see `chain_kernel`"
         weights, biases = zip(*((layer.weight, layer.bias) for layer in self.layers), strict=True)
         level_terms = None

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch as th
@@ -39,11 +39,11 @@ class _Mlp(ctypes.Structure):
     )
 
 
-@cache
-def _scales(sampler: LangevinSampler) -> th.Tensor:
-    # (2, n_levels): factors of the drift and of the noise
+@lru_cache(maxsize=16)
+def chain_scales(sampler: LangevinSampler, device: th.device | str = "cpu") -> th.Tensor:
+    """Factors of the drift and of the noise at each level, ``(2, n_levels)``."""
     step_sizes = th.tensor(sampler.step_sizes, dtype=th.float64)
-    return th.stack([0.5 * sampler.inverse_temperature * step_sizes, step_sizes.sqrt()]).float()
+    return th.stack([0.5 * sampler.inverse_temperature * step_sizes, step_sizes.sqrt()]).float().to(device)
 
 
 def _check_shape(name: str, tensor: th.Tensor, shape: tuple[int, ...]) -> None:
@@ -59,6 +59,29 @@ def _check_layers(weights: Sequence[th.Tensor], biases: Sequence[th.Tensor]) -> 
         _check_shape("weights", weight, (n_models, n_in, n_out))
         _check_shape("biases", bias, (n_models, 1, n_out))
         n_in = n_out
+
+
+def check_chain(
+    sampler: LangevinSampler,
+    weights: Sequence[th.Tensor],
+    biases: Sequence[th.Tensor],
+    level_terms: th.Tensor | None,
+    features: th.Tensor,
+    draws: ChainDraws,
+) -> None:
+    """Check what kernels read without looking, see ``sample()``.
+
+    :raises RuntimeError: if types or widths do not fit
+    """
+    _check_layers(weights, biases)
+    n_critics, _, width = weights[0].shape
+    batch, action_dim = draws.start.shape
+    taken = weights[0].shape[1] - (0 if level_terms is None else LEVEL_ROWS)
+    _check_shape("start", draws.start, (batch, action_dim))
+    _check_shape("features", features, (batch, taken - action_dim))
+    _check_shape("noise", draws.noise, (sampler.n_levels, sampler.n_steps, batch, action_dim))
+    if level_terms is not None:
+        _check_shape("terms of the noise levels", level_terms, (n_critics, sampler.n_levels, width))
 
 
 def sample(
@@ -90,17 +113,13 @@ def sample(
     assert library is not None, "no compiled library: see `load()`"
     assert dtype == th.float32 or multiplies_bfloat16()
     weights, biases = ([tensor.detach().contiguous() for tensor in tensors] for tensors in (weights, biases))
-    scales = _scales(sampler)
-    features, noise, actions = features.float().contiguous(), draws.noise.float().contiguous(), draws.start.float().clone()
+    scales = chain_scales(sampler)
+    features, noise = features.float().contiguous(), draws.noise.float().contiguous()
+    actions = draws.start.float().clone(memory_format=th.contiguous_format)
+    level_terms = None if level_terms is None else level_terms.float().contiguous()
+    check_chain(sampler, weights, biases, level_terms, features, ChainDraws(actions, noise))
     widths = [weight.shape[2] for weight in weights[:-1]]
-    _check_layers(weights, biases)
     n_critics, (batch, action_dim) = len(weights[0]), actions.shape
-    taken = weights[0].shape[1] - (0 if level_terms is None else LEVEL_ROWS)
-    _check_shape("features", features, (batch, taken - action_dim))
-    _check_shape("noise", noise, (sampler.n_levels, sampler.n_steps, batch, action_dim))
-    if level_terms is not None:
-        level_terms = level_terms.float().contiguous()
-        _check_shape("terms of the noise levels", level_terms, (n_critics, sampler.n_levels, widths[0]))
     arrays = (long_array(widths), pointer_array(weights), pointer_array(biases))
     chain = _Chain(
         n_critics,

@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_diffrl.common import check_observation, unscale_action
-from sb3_diffrl.lql.critic import LangevinCritic
+from sb3_diffrl.lql.critic import ChainKernel, LangevinCritic
 from sb3_diffrl.lql.cuda_graphs import CudaGraphs
 from sb3_diffrl.lql.gradients import AutogradQGradient, StackedMlpQGradient
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
@@ -215,8 +215,8 @@ class LangevinPolicy(SafePolicySaving):
         :param obs: preprocessed batch of observations
         :return: actions in the scaled box [-1, 1], ``(batch, action_dim)``
         """
-        backend = self.chain_backend
-        is_exact = self._has_kernel
+        backend, kernel = self._find_backend()
+        is_exact = kernel is not None
         is_batched = backend != "autograd" and not any(True for _ in self.critic.features_extractor.parameters())
         if is_batched and (is_exact or self.device.type != "mps"):  # which has no double precision
             return self._run_fixed_chains(self.critic.features(obs), th.float32 if is_exact else th.float64)
@@ -268,40 +268,40 @@ class LangevinPolicy(SafePolicySaving):
 
         :raises RuntimeError: if ``backend`` asks for one that cannot be had
         """
-        has_kernel, can_torch = self.critic.chain_kernel is not None, StackedMlpQGradient.supports(self.critic)
-        on_gpu = self.device.type == "cuda"
+        return self._find_backend()[0]
+
+    def _find_backend(self) -> tuple[Backend, ChainKernel | None]:
+        # What computes the chains, and the kernel if it is one. Looked up once a call: it costs ten microseconds.
+        kernel, can_torch = self.critic.chain_kernel, StackedMlpQGradient.supports(self.critic)
+        has_kernel, on_gpu = kernel is not None, self.device.type == "cuda"
         if self.backend == "auto" or (self.backend == "cuda_graphs" and self.device.type == "cpu"):
             choices: dict[Backend, bool] = {"native": has_kernel and not on_gpu, "torch": can_torch, "autograd": True}
-            return next(name for name, is_usable in choices.items() if is_usable)
+            chosen = next(name for name, is_usable in choices.items() if is_usable)
+            return chosen, kernel if chosen == "native" else None
         usable = {"native": has_kernel, "torch": can_torch, "autograd": True, "cuda_graphs": can_torch and on_gpu}
         if not usable[self.backend]:
             raise RuntimeError(f'`backend={self.backend!r}` cannot compute this critic here; use `backend="auto"`.')
-        return self.backend
-
-    @property
-    def _has_kernel(self) -> bool:
-        return self.chain_backend in ("native", "cuda_graphs") and self.critic.chain_kernel is not None
+        return self.backend, kernel if self.backend in ("native", "cuda_graphs") else None
 
     @property
     def product_dtype(self) -> th.dtype:
         """Of what multiplies in the hidden layers of chains, see ``chain_dtype``."""
-        return self._product_dtype(self._has_kernel)
+        return self._product_dtype(self._find_backend()[1])
 
-    def _product_dtype(self, has_kernel: bool) -> th.dtype:
-        if self.chain_dtype == "float32" or not has_kernel:
+    def _product_dtype(self, kernel: ChainKernel | None) -> th.dtype:
+        if self.chain_dtype == "float32" or kernel is None:
             return th.float32
         return th.bfloat16 if self.device.type == "cuda" or library.multiplies_bfloat16() else th.float32
 
     def _chains(self, features: th.Tensor, draws: ChainDraws, dtype: th.dtype | None) -> th.Tensor:
-        backend = self.chain_backend
+        backend, kernel = self._find_backend()
         if backend == "autograd":
             return self.sampler.sample(AutogradQGradient(self.critic, features), draws)
-        has_kernel = backend != "torch" and self.critic.chain_kernel is not None
-        rounded_to = self._product_dtype(has_kernel) if dtype is None else dtype
+        rounded_to = self._product_dtype(kernel) if dtype is None else dtype
 
         def chains(features: th.Tensor, draws: ChainDraws) -> th.Tensor:
-            if has_kernel:
-                return self.critic.sample(self.sampler, features, draws, rounded_to)
+            if kernel is not None:
+                return self.critic.sample(self.sampler, features, draws, rounded_to, kernel)
             return self.sampler.sample(StackedMlpQGradient(self.critic, features, dtype), draws).to(features.dtype)
 
         if backend == "cuda_graphs" and self._graphs is not None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import nn
 
 from sb3_diffrl.lql.langevin import GRADIENT_EPS, ChainDraws, LangevinSampler
-from sb3_diffrl.lql.native import ACTIVATIONS
+from sb3_diffrl.lql.native import ACTIVATIONS, chain_scales, check_chain
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +65,60 @@ def _product(
 
 
 @triton.jit
+def _critic_gradient(
+    a,  # (rows, ACTION_BLOCK)
+    z,  # (rows, width), first layer without its action part
+    gradient,  # (rows, ACTION_BLOCK), of the critics before
+    action_weight,  # of this critic, as the next five
+    action_transposed,
+    hidden,
+    hidden_transposed,
+    biases,
+    output_weight,
+    stride,  # from a hidden layer to the next, in rows of width
+    values,
+    slopes,
+    N_HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACTION_BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    FIRST_INNER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # What is stored is read by other warps, which may still read what was there: barriers before and after
+    column, dim = tl.arange(0, WIDTH), tl.arange(0, ACTION_BLOCK)
+    block = tl.arange(0, ROWS)[:, None] * WIDTH + column[None, :]
+    dtype = values.dtype.element_ty
+    z = tl.dot(a, tl.load(action_weight + dim[:, None] * WIDTH + column[None, :]), z, input_precision="tf32x3")
+    value, slope = _activation(z, ACTIVATION)
+    for i in range(N_HIDDEN - 1):
+        tl.debug_barrier()
+        tl.store(values + block, value.to(dtype))
+        tl.store(slopes + i * ROWS * WIDTH + block, slope)
+        tl.debug_barrier()
+        z = tl.zeros([ROWS, WIDTH], tl.float32) + tl.load(biases + i * stride * WIDTH + column)[None, :]
+        matrix = hidden + i * stride * WIDTH * WIDTH
+        z = _product(z, values, matrix, WIDTH, WIDTH, ROWS, INNER, PRECISION)
+        value, slope = _activation(z, ACTIVATION)
+    # The output layer is linear: its gradient is its weight
+    back = tl.load(output_weight + column)[None, :] * slope
+    for j in range(N_HIDDEN - 1):
+        i = N_HIDDEN - 2 - j
+        tl.debug_barrier()
+        tl.store(values + block, back.to(dtype))
+        tl.debug_barrier()
+        matrix = hidden_transposed + i * stride * WIDTH * WIDTH
+        back = _product(tl.zeros([ROWS, WIDTH], tl.float32), values, matrix, WIDTH, WIDTH, ROWS, INNER, PRECISION)
+        back *= tl.load(slopes + i * ROWS * WIDTH + block)
+    tl.debug_barrier()
+    tl.store(slopes + block, back)
+    tl.debug_barrier()
+    return _product(gradient, slopes, action_transposed, WIDTH, ACTION_BLOCK, ROWS, FIRST_INNER, "tf32x3")
+
+
+@triton.jit
 def _chain_kernel(
     actions,  # (batch, action_dim), start and result
     noise,  # (n_levels, n_steps, batch, action_dim), standard normal
@@ -97,66 +151,47 @@ def _chain_kernel(
 ):
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
-    local = tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    dim = tl.arange(0, ACTION_BLOCK)
+    column, dim = tl.arange(0, WIDTH), tl.arange(0, ACTION_BLOCK)
     is_row = row[:, None] < batch
     is_action = is_row & (dim[None, :] < action_dim)
     own = row[:, None] * action_dim + dim[None, :]
-    block = local[:, None] * WIDTH + column[None, :]
     values += program * ROWS * WIDTH
     slopes += program * N_HIDDEN * ROWS * WIDTH
-    dtype = values.dtype.element_ty
-
     a = tl.load(actions + own, mask=is_action, other=0.0)
     for level in range(n_levels):
-        drift_scale = tl.load(scales + level)
-        noise_scale = tl.load(scales + n_levels + level)
+        drift_scale, noise_scale = tl.load(scales + level), tl.load(scales + n_levels + level)
         for step in range(n_steps):
             gradient = tl.zeros([ROWS, ACTION_BLOCK], tl.float32)
             for critic in range(n_critics):
-                from_action = tl.load(action_weight + (critic * ACTION_BLOCK + dim[:, None]) * WIDTH + column[None, :])
                 z = tl.load(first + (critic * batch + row[:, None]) * WIDTH + column[None, :], mask=is_row, other=0.0)
                 z += tl.load(level_terms + (level * n_critics + critic) * WIDTH + column)[None, :]
-                z = tl.dot(a, from_action, z, input_precision="tf32x3")
-                value, slope = _activation(z, ACTIVATION)
-                for i in range(N_HIDDEN - 1):
-                    tl.debug_barrier()  # other warps may still read
-                    tl.store(values + block, value.to(dtype))
-                    tl.store(slopes + i * ROWS * WIDTH + block, slope)
-                    tl.debug_barrier()
-                    layer = i * n_critics + critic
-                    z = tl.zeros([ROWS, WIDTH], tl.float32) + tl.load(biases + layer * WIDTH + column)[None, :]
-                    z = _product(z, values, hidden + layer * WIDTH * WIDTH, WIDTH, WIDTH, ROWS, INNER, PRECISION)
-                    value, slope = _activation(z, ACTIVATION)
-                # The output layer is linear: its gradient is its weight
-                back = tl.load(output_weight + critic * WIDTH + column)[None, :] * slope
-                for j in range(N_HIDDEN - 1):
-                    i = N_HIDDEN - 2 - j
-                    tl.debug_barrier()
-                    tl.store(values + block, back.to(dtype))
-                    tl.debug_barrier()
-                    z = tl.zeros([ROWS, WIDTH], tl.float32)
-                    matrix = hidden_transposed + (i * n_critics + critic) * WIDTH * WIDTH
-                    back = _product(z, values, matrix, WIDTH, WIDTH, ROWS, INNER, PRECISION)
-                    back *= tl.load(slopes + i * ROWS * WIDTH + block)
-                tl.debug_barrier()
-                tl.store(slopes + block, back)
-                tl.debug_barrier()
-                matrix = action_transposed + critic * WIDTH * ACTION_BLOCK
-                gradient = _product(gradient, slopes, matrix, WIDTH, ACTION_BLOCK, ROWS, FIRST_INNER, "tf32x3")
+                gradient = _critic_gradient(
+                    a,
+                    z,
+                    gradient,
+                    action_weight + critic * ACTION_BLOCK * WIDTH,
+                    action_transposed + critic * ACTION_BLOCK * WIDTH,
+                    hidden + critic * WIDTH * WIDTH,
+                    hidden_transposed + critic * WIDTH * WIDTH,
+                    biases + critic * WIDTH,
+                    output_weight + critic * WIDTH,
+                    n_critics,
+                    values,
+                    slopes,
+                    N_HIDDEN,
+                    WIDTH,
+                    ROWS,
+                    ACTION_BLOCK,
+                    INNER,
+                    FIRST_INNER,
+                    ACTIVATION,
+                    PRECISION,
+                )
             if NORMALIZE:
                 gradient /= tl.sqrt(tl.sum(gradient * gradient, axis=1))[:, None] + EPS
             z_step = tl.load(noise + (level * n_steps + step) * batch * action_dim + own, mask=is_action, other=0.0)
             a = tl.clamp(a + gradient * drift_scale + z_step * noise_scale, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(actions + own, a, mask=is_action)
-
-
-@cache
-def _scales(sampler: LangevinSampler, device: th.device) -> th.Tensor:
-    # (2, n_levels): factors of the drift and of the noise
-    step_sizes = th.tensor(sampler.step_sizes, dtype=th.float64)
-    return th.stack([0.5 * sampler.inverse_temperature * step_sizes, step_sizes.sqrt()]).float().to(device)
 
 
 def _pad(tensor: th.Tensor, *shape: int) -> th.Tensor:
@@ -190,6 +225,35 @@ def runs_on(device: th.device) -> bool:
         return False
 
 
+def _arrange(
+    weights: Sequence[th.Tensor],
+    biases: Sequence[th.Tensor],
+    level_terms: th.Tensor | None,
+    features: th.Tensor,
+    action_dim: int,
+    dtype: th.dtype,
+) -> tuple[th.Tensor, ...]:
+    # The kernel's arguments from `first` to `output_weight`
+    n_critics, _, first_width = weights[0].shape
+    width = max(16, triton.next_power_of_2(max(weight.shape[2] for weight in weights[:-1])))
+    action_block = max(16, triton.next_power_of_2(action_dim))
+    n_features = features.shape[1]
+    from_features, from_action, _ = weights[0].tensor_split([n_features, n_features + action_dim], 1)
+    # In double precision, rounded: libraries choose how they multiply by the size of the batch, and chains should not depend on it.
+    inputs = features.double().expand(n_critics, -1, -1)
+    first = _pad(th.baddbmm(biases[0].double(), inputs, from_features.double()).float(), width)
+    if level_terms is None:
+        level_terms = first.new_zeros(n_critics, 1, first_width)
+    from_action = _pad(from_action, action_block, width)
+    hidden = [_pad(weight, width, width) for weight in weights[1:-1]]
+    stacked = (th.stack(hidden) if hidden else first).to(dtype)  # of one layer none is read
+    bias = th.stack([_pad(bias, width) for bias in biases[1:-1]]) if hidden else first
+    output_weight = _pad(weights[-1].squeeze(2), width)
+    terms = _pad(level_terms, width).transpose(0, 1)
+    arranged = (first, terms, from_action, from_action.transpose(1, 2), stacked, stacked.transpose(-1, -2), bias, output_weight)
+    return tuple(tensor.contiguous() for tensor in arranged)
+
+
 def sample(
     sampler: LangevinSampler,
     activation: type[nn.Module],
@@ -203,45 +267,28 @@ def sample(
     """``sampler.sample()`` on the gradient of the critics' sum, see ``native.sample()``.
 
     :param dtype: of what multiplies in the hidden layers; float32 is three products of 19-bit numbers, as precise as one of 32
+    :raises RuntimeError: if widths do not fit, as in torch
     """
-    n_critics, _, first_width = weights[0].shape
-    action_dim, n_hidden, batch = draws.start.shape[1], len(weights) - 1, len(features)
-    width = max(16, triton.next_power_of_2(max(weight.shape[2] for weight in weights[:-1])))
-    action_block = max(16, triton.next_power_of_2(action_dim))
-    from_features, from_action, _ = weights[0].tensor_split([features.shape[1], features.shape[1] + action_dim], 1)
-    # In double precision, rounded: libraries choose how they multiply by the size of the batch, and chains must not depend on it.
-    inputs = features.double().expand(n_critics, -1, -1)
-    first = _pad(th.baddbmm(biases[0].double(), inputs, from_features.double()).float(), width).contiguous()
-    if level_terms is None:
-        level_terms = first.new_zeros(n_critics, 1, first_width)
-    hidden, bias = first, first  # never read
-    if n_hidden > 1:
-        hidden = th.stack([_pad(weight, width, width) for weight in weights[1:-1]]).to(dtype)
-        bias = th.stack([_pad(bias, width) for bias in biases[1:-1]])
-    from_action = _pad(from_action, action_block, width)
-    programs = triton.cdiv(batch, BLOCK_ROWS)
-    actions = draws.start.clone(memory_format=th.contiguous_format)
+    features, noise = features.float(), draws.noise.float().contiguous()
+    actions = draws.start.float().clone(memory_format=th.contiguous_format)
+    check_chain(sampler, weights, biases, level_terms, features, ChainDraws(actions, noise))
+    batch, action_dim = actions.shape
+    arranged = _arrange(weights, biases, level_terms, features, action_dim, dtype)
+    width, action_block, programs = arranged[0].shape[2], arranged[2].shape[1], triton.cdiv(batch, BLOCK_ROWS)
     with th.cuda.device_of(features):
         _chain_kernel[(programs,)](
             actions,
-            draws.noise.contiguous(),
-            _scales(sampler, features.device),
-            first,
-            _pad(level_terms, width).transpose(0, 1).contiguous(),
-            from_action.contiguous(),
-            from_action.transpose(1, 2).contiguous(),
-            hidden,
-            hidden.transpose(-1, -2).contiguous(),
-            bias,
-            _pad(weights[-1].squeeze(2), width).contiguous(),
-            first.new_empty(programs, BLOCK_ROWS, width, dtype=dtype),
-            first.new_empty(programs, n_hidden, BLOCK_ROWS, width),
+            noise,
+            chain_scales(sampler, features.device),
+            *arranged,
+            features.new_empty(programs, BLOCK_ROWS, width, dtype=dtype),
+            features.new_empty(programs, len(weights) - 1, BLOCK_ROWS, width),
             batch,
             sampler.n_levels,
             sampler.n_steps,
-            n_critics,
+            len(weights[0]),
             action_dim,
-            N_HIDDEN=n_hidden,
+            N_HIDDEN=len(weights) - 1,
             WIDTH=width,
             ROWS=BLOCK_ROWS,
             ACTION_BLOCK=action_block,

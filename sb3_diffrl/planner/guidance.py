@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch as th
+from torch.func import functional_call
 
 if TYPE_CHECKING:
     from sb3_diffrl.planner.policies import PlannerPolicy
@@ -61,12 +62,14 @@ class ClassifierGuidance:
         """See ``Guidance``."""
         predictor = policy.noisy_critic
         assert predictor is not None
+        # No gradient of theirs is wanted.
+        weights = {name: weight.detach() for name, weight in predictor.named_parameters()}
 
         def gradient(x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
             with th.enable_grad():
                 x = x_t.detach().requires_grad_()
-                value = predictor(x, policy.planner.process.schedule.network_time(t)).sum()
-            return policy.cg_scale * th.autograd.grad(value, x)[0]
+                value = functional_call(predictor, weights, (x, policy.planner.process.schedule.network_time(t)))
+            return policy.cg_scale * th.autograd.grad(value.sum(), x)[0]
 
         return policy.denoise(policy.draw_latent(len(state), deterministic), state, guidance=gradient)
 
