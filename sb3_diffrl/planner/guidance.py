@@ -68,8 +68,8 @@ class ClassifierGuidance:
         def gradient(x_t: th.Tensor, t: th.Tensor) -> th.Tensor:
             with th.enable_grad():
                 x = x_t.detach().requires_grad_()
-                value = functional_call(predictor, weights, (x, policy.planner.process.schedule.network_time(t)))
-            return policy.cg_scale * th.autograd.grad(value.sum(), x)[0]
+                value = functional_call(predictor, weights, (x, policy.planner.process.schedule.network_time(t))).sum()
+            return policy.cg_scale * th.autograd.grad(value, x)[0]
 
         return policy.denoise(policy.draw_latent(len(state), deterministic), state, guidance=gradient)
 
