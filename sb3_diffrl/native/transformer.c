@@ -3,6 +3,8 @@
 #include "kernels.h"
 
 #define NORM_EPS 1e-6f
+#define QUERIES 4       /* that are scored at once */
+#define MIXED 4         /* vectors of a value that are mixed at once */
 #define BLOCK_VECTORS 6 /* shift, scale and gate of the attention, then of the perceptron */
 
 /* A batch of chains and the transformer that denoises them; diffusion/native.py mirrors this struct. */
@@ -72,21 +74,26 @@ void transformer_pack(const struct transformer *t, const float *const *weights, 
     }
 }
 
+INLINE float sum_of_lanes(vec v) {
+    float sums[LANES];
+    memcpy(sums, &v, sizeof sums);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int l = 0; l < width; l++) sums[l] += sums[l + width];
+    return sums[0];
+}
+
 /* Rows of d numbers, padded(d) apart, to rows of mean 0 and variance 1, then times 1 + scale, plus shift. */
 static void modulated_norm(long rows, long d, const float *x, const float *shift, const float *scale, float *to) {
     for (long r = 0; r < rows; r++) {
         const float *from = x + r * padded(d);
         vec sum = {0}, squares = {0};
         for (long j = 0; j < d; j += LANES) sum += *(const vec *)(from + j);
-        float mean = 0, variance = 0;
-        for (int l = 0; l < LANES; l++) mean += sum[l];
-        mean /= d;
+        float mean = sum_of_lanes(sum) / d;
         for (long j = 0; j < d; j += LANES) {
             vec off = *(const vec *)(from + j) - mean;
             squares += off * off;
         }
-        for (int l = 0; l < LANES; l++) variance += squares[l];
-        float factor = 1.0f / sqrtf(variance / d + NORM_EPS);
+        float factor = 1.0f / sqrtf(sum_of_lanes(squares) / d + NORM_EPS);
         for (long j = 0; j < d; j += LANES) {
             vec normed = (*(const vec *)(from + j) - mean) * factor;
             *(vec *)(to + r * padded(d) + j) = normed * (1.0f + *(const vec *)(scale + j)) + *(const vec *)(shift + j);
@@ -99,44 +106,86 @@ static void add_gated(long rows, long d, const float *gate, const float *from, f
         for (long j = 0; j < d; j += LANES) *(vec *)(x + r * padded(d) + j) += *(const vec *)(gate + j) * *(const vec *)(from + r * padded(d) + j);
 }
 
-INLINE float dot(long n, const float *a, const float *b) {
-    vec sum = {0};
-    long j = 0;
-    for (; j + LANES <= n; j += LANES) sum += *(const vec *)(a + j) * *(const vec *)(b + j);
-    float total = 0;
-    for (; j < n; j++) total += a[j] * b[j];
-    for (int l = 0; l < LANES; l++) total += sum[l];
-    return total;
+static long whole_vectors(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* Keys of a head, (length, head_dim), with the steps in rows: (head_dim, whole_vectors(length)), zero beyond the last. */
+static void turn_keys(const struct transformer *t, const float *keys, float *turned) {
+    long whole = whole_vectors(t->length), ld = padded(2 * t->d_model);
+    for (long j = 0; j < t->head_dim; j++) {
+        *(vec *)(turned + (j + 1) * whole - LANES) = (vec){0};
+        for (long k = 0; k < t->length; k++) turned[j * whole + k] = keys[k * ld + j];
+    }
 }
 
-INLINE void add_scaled(long n, float factor, const float *from, float *to) {
-    long j = 0;
-    for (; j + LANES <= n; j += LANES) *(vec *)(to + j) += factor * *(const vec *)(from + j);
-    for (; j < n; j++) to[j] += factor * from[j];
-}
-
-/* One trajectory's attention: every step sees every other. scores: room for padded(length). */
-static void attend(const struct transformer *t, const float *query, const float *key_value, float *scores, float *to) {
-    long d = t->d_model, h = t->head_dim, n = t->length, whole = padded(n), ld = padded(d), ld_key_value = padded(2 * d);
-    float factor = 1.0f / sqrtf(h);
-    for (long head = 0; head < d; head += h)
-        for (long i = 0; i < n; i++) {
-            float largest = -INFINITY, total = 0;
-            for (long k = 0; k < n; k++) {
-                scores[k] = factor * dot(h, query + i * ld + head, key_value + k * ld_key_value + head);
-                largest = scores[k] > largest ? scores[k] : largest;
-            }
-            for (long k = n; k < whole; k++) scores[k] = largest;
-            for (long k = 0; k < whole; k += LANES) *(vec *)(scores + k) = exponential(*(vec *)(scores + k) - largest);
-            for (long k = 0; k < n; k++) total += scores[k];
-            float *out = to + i * ld + head;
-            memset(out, 0, sizeof(float) * h);
-            for (long k = 0; k < n; k++) add_scaled(h, scores[k] / total, key_value + k * ld_key_value + d + head, out);
+/* scores (count x whole_vectors(length)) of as many queries */
+INLINE void score(const struct transformer *t, int count, const float *query, const float *turned, float *scores) {
+    long whole = whole_vectors(t->length), ld = padded(t->d_model);
+    for (long k = 0; k < whole; k += LANES) {
+        vec sums[QUERIES] = {{0}};
+        for (long j = 0; j < t->head_dim; j++) {
+            vec keys = *(const vec *)(turned + j * whole + k);
+            for (int i = 0; i < count; i++) sums[i] += query[i * ld + j] * keys;
         }
+        for (int i = 0; i < count; i++) *(vec *)(scores + i * whole + k) = sums[i];
+    }
 }
+
+static void softmax(long n, float factor, float *scores) {
+    float largest = -INFINITY, total = 0;
+    for (long k = 0; k < n; k++) largest = scores[k] > largest ? scores[k] : largest;
+    for (long k = n; k < whole_vectors(n); k++) scores[k] = largest;
+    for (long k = 0; k < whole_vectors(n); k += LANES) *(vec *)(scores + k) = exponential(factor * (*(vec *)(scores + k) - largest));
+    for (long k = 0; k < n; k++) total += scores[k];
+    for (long k = 0; k < whole_vectors(n); k += LANES) *(vec *)(scores + k) /= total;
+}
+
+/* The values' mean with weights; of `count` whole vectors from `values` on, the rows ld apart */
+INLINE void mix(int count, long n, const float *weights, const float *values, long ld, float *to) {
+    vec sums[MIXED] = {{0}};
+    for (long k = 0; k < n; k++)
+        for (int v = 0; v < count; v++) sums[v] += weights[k] * *(const vec *)(values + k * ld + v * LANES);
+    for (int v = 0; v < count; v++) *(vec *)(to + v * LANES) = sums[v];
+}
+
+static void mix_head(long h, long n, const float *weights, const float *values, long ld, float *to) {
+    long j = 0;
+    for (; j + MIXED * LANES <= h; j += MIXED * LANES) mix(MIXED, n, weights, values + j, ld, to + j);
+    for (; j + LANES <= h; j += LANES) mix(1, n, weights, values + j, ld, to + j);
+    if (j < h && h >= LANES) { /* the last vector begins within the one before */
+        mix(1, n, weights, values + h - LANES, ld, to + h - LANES);
+        return;
+    }
+    for (; j < h; j++) {
+        float sum = 0;
+        for (long k = 0; k < n; k++) sum += weights[k] * values[k * ld + j];
+        to[j] = sum;
+    }
+}
+
+/* One trajectory's attention: every step sees every other. room: attention_floats(). */
+static void attend(const struct transformer *t, const float *query, const float *key_value, float *room, float *to) {
+    long d = t->d_model, h = t->head_dim, n = t->length, whole = whole_vectors(n), ld = padded(d), ld_key_value = padded(2 * d);
+    float *turned = room, *scores = room + h * whole;
+    for (long head = 0; head < d; head += h) {
+        turn_keys(t, key_value + head, turned);
+        for (long i = 0; i < n; i += QUERIES) {
+            const float *from = query + i * ld + head;
+            if (i + QUERIES <= n)
+                score(t, QUERIES, from, turned, scores);
+            else
+                for (long r = 0; i + r < n; r++) score(t, 1, from + r * ld, turned, scores + r * whole);
+            for (long r = 0; r < QUERIES && i + r < n; r++) {
+                softmax(n, 1.0f / sqrtf(h), scores + r * whole);
+                mix_head(h, n, scores + r * whole, key_value + d + head, ld_key_value, to + (i + r) * ld + head);
+            }
+        }
+    }
+}
+
+static long attention_floats(const struct transformer *t) { return (t->head_dim + QUERIES) * whole_vectors(t->length); }
 
 struct scratch {
-    float *x, *normed, *wide, *query, *result, *scores;
+    float *x, *normed, *wide, *query, *result, *attention;
 };
 
 static void apply(struct linear l, long rows, const float *a, long lda, float *value) {
@@ -149,7 +198,7 @@ static void apply_block(const struct transformer *t, long block, long n_plans, c
     apply(linear_at(t, first + QUERY), rows, s->normed, ld, s->query);
     apply(linear_at(t, first + KEY_VALUE), rows, s->normed, ld, s->wide);
     for (long p = 0; p < n_plans; p++)
-        attend(t, s->query + p * t->length * ld, s->wide + p * t->length * padded(2 * d), s->scores, s->normed + p * t->length * ld);
+        attend(t, s->query + p * t->length * ld, s->wide + p * t->length * padded(2 * d), s->attention, s->normed + p * t->length * ld);
     apply(linear_at(t, first + ATTENTION_OUT), rows, s->normed, ld, s->result);
     add_gated(rows, d, vectors + 2 * d, s->result, s->x);
     modulated_norm(rows, d, s->x, vectors + 3 * d, vectors + 4 * d, s->normed);
@@ -187,7 +236,7 @@ static long plans_of_block(const struct transformer *t) {
 static long scratch_floats(const struct transformer *t) {
     long rows = whole_tiles(plans_of_block(t) * t->length), wide = padded(4 * t->d_model);
     long widest = padded(t->in_dim) > padded(t->d_model) ? padded(t->in_dim) : padded(t->d_model);
-    return rows * (t->in_dim + 3 * padded(t->d_model) + wide + widest) + padded(t->length);
+    return rows * (t->in_dim + 3 * padded(t->d_model) + wide + widest) + attention_floats(t);
 }
 
 /* Floats that transformer_run() needs to work in. */
@@ -203,7 +252,7 @@ static void run_part(const struct transformer *t, long begin, long end, float *m
     s.normed = take(&memory, rows * d);
     s.query = take(&memory, rows * d);
     s.wide = take(&memory, rows * padded(4 * t->d_model));
-    s.scores = take(&memory, padded(t->length));
+    s.attention = take(&memory, attention_floats(t));
     s.result = memory;
     for (long i = begin; i < end; i += per_block) {
         long n = end - i < per_block ? end - i : per_block;
