@@ -140,7 +140,7 @@ def main() -> None:
             if name == "sb3_diffrl" or preset in SIZES
         }
         both, ours = tuple(pythons), ("sb3_diffrl",)
-        tasks = [("plan", 10, both), ("mcss", 2, both), ("update", 2, both), ("pg", 10, ours), ("plan of 16", 5, ours)]
+        tasks = [("plan", 10, both), ("mcss", 2, both), ("update", 5, both), ("pg", 10, ours), ("plan of 16", 5, ours)]
         rows += measure(commands, [(f"{preset} {task}", count, names) for task, count, names in tasks], args.rounds, THREADS)
     command = "python benchmarks/planning_speed.py"
     if args.cleandiffuser_python:

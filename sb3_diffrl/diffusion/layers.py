@@ -7,8 +7,8 @@ from torch import nn
 
 from sb3_diffrl.native.library import load
 
-# Numbers from which these layers are faster than torch's, and from which another thread brings more than it costs
-MIN_NUMBERS, MIN_PER_THREAD = 2**14, 2**15
+# Rows from which oneDNN's products are faster, numbers from which GELU is, and from which another thread brings more than it costs
+MIN_ROWS, MIN_NUMBERS, MIN_PER_THREAD = 256, 2**14, 2**15
 # oneDNN's product with its bias, which torch's own compiler uses, too; `torch.nn.functional.linear` copies the bias first and then
 # adds MKL's product, which is slower by a sixth on AMD's processors.
 _linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
@@ -26,9 +26,9 @@ def _is_plain(x: th.Tensor) -> bool:
     )
 
 
-def _is_fast(x: th.Tensor) -> bool:
+def _is_fast(x: th.Tensor, size: int, least: int) -> bool:
     seen = th._C._get_tracing_state() or th.compiler.is_compiling() or th.is_autocast_enabled("cpu")
-    return not seen and x.numel() >= MIN_NUMBERS and _is_plain(x)
+    return not seen and size >= least and _is_plain(x)
 
 
 class _LinearFunction(th.autograd.Function):
@@ -64,7 +64,8 @@ class Linear(nn.Linear):
     def forward(self, x: th.Tensor) -> th.Tensor:
         """``(..., in_features) -> (..., out_features)``"""
         learns = th.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if _linear is None or not learns or not _is_fast(x) or x.shape[-1] != self.in_features or self.weight.dtype != x.dtype:
+        is_fast = _linear is not None and learns and _is_fast(x, x.numel() // self.in_features, MIN_ROWS)
+        if not is_fast or x.shape[-1] != self.in_features or self.weight.dtype != x.dtype:
             return super().forward(x)
         y: th.Tensor = _LinearFunction.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return y
@@ -103,7 +104,7 @@ class TanhGELU(nn.GELU):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """Elementwise, any shape."""
-        if not _is_fast(x) or load() is None:
+        if not _is_fast(x, x.numel(), MIN_NUMBERS) or load() is None:
             return super().forward(x)
         value: th.Tensor = _GeluFunction.apply(x)  # type: ignore[no-untyped-call]
         return value

@@ -107,7 +107,7 @@ def load() -> ctypes.CDLL | None:
     for name in ("langevin_run", "mlp_forward", "mlp_backward", "transformer_run", "perceptron_run"):
         _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None)
     _declare(library.beta_policy_run, [ctypes.c_void_p] * 2, None)
-    _declare(library.total_norm, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], ctypes.c_float)
+    _declare(library.total_norm, [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2, ctypes.c_float)
     _declare(library.gelu, [ctypes.c_void_p] * 2 + [ctypes.c_long] * 2, None)
     _declare(library.gelu_backward, [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2, None)
     _declare(library.has_bf16_products, [], ctypes.c_int)

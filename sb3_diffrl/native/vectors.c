@@ -19,12 +19,16 @@ static double sum_of_squares(const float *x, long n) {
     return total;
 }
 
-/* Not finite if a number is not, or if the squares of a block add up to more than single precision holds. */
-float total_norm(const float *const *arrays, const long *sizes, long n_arrays) {
-    double total = 0.0;
-    for (long a = 0; a < n_arrays; a++)
+/* sums: room for n_arrays. Not finite if a number is not, or if the squares of a block add up to more than single precision holds. */
+float total_norm(const float *const *arrays, const long *sizes, double *sums, long n_arrays, long n_threads) {
+#pragma omp parallel for num_threads(n_threads) schedule(dynamic)
+    for (long a = 0; a < n_arrays; a++) {
+        sums[a] = 0.0;
         for (long begin = 0; begin < sizes[a]; begin += BLOCK)
-            total += sum_of_squares(arrays[a] + begin, sizes[a] - begin < BLOCK ? sizes[a] - begin : BLOCK);
+            sums[a] += sum_of_squares(arrays[a] + begin, sizes[a] - begin < BLOCK ? sizes[a] - begin : BLOCK);
+    }
+    double total = 0.0; /* in one order, whoever summed what */
+    for (long a = 0; a < n_arrays; a++) total += sums[a];
     return (float)sqrt(total);
 }
 

@@ -6,6 +6,9 @@ import torch as th
 
 from sb3_diffrl.native.library import load, long_array, pointer_array
 
+# Numbers from which another thread brings more than it costs
+MIN_PER_THREAD = 2**19
+
 
 def _is_plain(x: th.Tensor) -> bool:
     return x.dtype == th.float32 and x.device.type == "cpu" and x.is_contiguous()
@@ -19,5 +22,8 @@ def total_norm(tensors: Sequence[th.Tensor]) -> th.Tensor:
     library = load()
     if library is None or not all(map(_is_plain, tensors)):
         return th.nn.utils.get_total_norm(tensors)
-    sizes = long_array([x.numel() for x in tensors])
-    return th.tensor(library.total_norm(pointer_array(tensors), sizes, len(tensors)))
+    sizes = [x.numel() for x in tensors]
+    sums = th.empty(len(tensors), dtype=th.float64)
+    n_threads = max(1, min(th.get_num_threads(), sum(sizes) // MIN_PER_THREAD))
+    norm = library.total_norm(pointer_array(tensors), long_array(sizes), sums.data_ptr(), len(tensors), n_threads)
+    return th.tensor(norm)
