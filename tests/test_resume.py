@@ -16,8 +16,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecNormalize
+from synthetic import random_dataset
 
-from sb3_diffrl import LQL, NCLQL, OfflineDataset, record_dataset
+from sb3_diffrl import LQL, NCLQL, DiffusionBC, OfflineDataset, record_dataset
 from sb3_diffrl.pg import PG
 from sb3_diffrl.planner import DiffusionPlanner
 
@@ -186,3 +187,14 @@ def test_other_data_of_the_same_name_and_size_are_noticed(tmp_path: Path) -> Non
     # A file that does not say what it learned from is taken at its word.
     old = DiffusionPlanner.load(tmp_path / "planner", device="cpu", custom_objects={"dataset_checksum": 0})
     assert old.dataset.n_steps == 400
+
+
+@pytest.mark.parametrize("name", ["NCLQL", "DiffusionBC"])
+def test_learning_goes_on_where_ctrl_c_has_left_torch_without_gradients(name: str) -> None:
+    if name == "NCLQL":
+        model: Any = NCLQL("MlpPolicy", "Pendulum-v1", learning_starts=5, policy_kwargs={"net_arch": [8]}, device="cpu")
+    else:
+        model = DiffusionBC("MlpPolicy", dataset=random_dataset(2, 50, 3, 1), policy_kwargs={"net_arch": (8,)}, device="cpu")
+    with th.no_grad():
+        model.learn(10)
+    assert model.num_timesteps == 10

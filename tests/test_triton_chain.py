@@ -10,8 +10,6 @@ import pytest
 import torch as th
 from torch import nn
 
-if not th.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from sb3_diffrl import NCLQL

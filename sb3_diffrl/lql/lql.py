@@ -18,6 +18,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sb3_diffrl.common import (
     MAX_SKIPPED,
@@ -215,6 +216,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
             rounded = ", products in bfloat16" if self.policy.product_dtype == th.bfloat16 else ""
             print(f"Langevin chains: gradient of the critics {BACKENDS[self.policy.chain_backend]}{rounded}")
 
+    @th.enable_grad()  # Ctrl-C can leave torch without
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """Do ``gradient_steps`` updates on minibatches from the replay buffer, and log their mean metrics."""
         assert self.replay_buffer is not None
@@ -359,10 +361,7 @@ class LQL(SafeSaving, SafeReplayBuffers, OffPolicyAlgorithm):
         :return: standard deviation over the samples, mean over observations and coordinates, in units of the scaled box [-1, 1]
         """
         generator = th.Generator(self.device).manual_seed(self._n_updates)
-        if isinstance(obs, dict):
-            repeated: th.Tensor | dict[str, th.Tensor] = {k: v.repeat_interleave(n_samples, 0) for k, v in obs.items()}
-        else:
-            repeated = obs.repeat_interleave(n_samples, 0)
+        repeated = pytree.tree_map(lambda x: x.repeat_interleave(n_samples, 0), obs)
         # (batch * n_samples, action_dim) -> (batch, n_samples, action_dim)
         actions = self.policy.sample_actions(repeated, generator=generator).view(-1, n_samples, self.critic.action_dim)
         return float(actions.std(dim=1).mean())

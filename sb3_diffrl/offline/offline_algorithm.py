@@ -306,7 +306,8 @@ class OfflineAlgorithm(SafeSaving, ABC):
             check_learning_rate(self._optimizers())
             self.policy.set_training_mode(True)
             try:
-                metrics.append(self.update())
+                with th.enable_grad():  # Ctrl-C can leave torch without
+                    metrics.append(self.update())
                 self._skipped_in_a_row = 0
             except NonFiniteError as error:
                 self._skip(error)
