@@ -56,7 +56,7 @@ def nclql_tasks(name: str, policy_kwargs: dict[str, Any], device: str) -> Iterat
 
 def planner_tasks(domain: str, device: str) -> Iterator[Task]:
     obs_dim, action_dim = SIZES[domain]
-    settings = {**PRESETS[domain]["paper"], "train_for": ()}  # type: ignore[index]
+    settings = PRESETS[domain]["paper"]  # type: ignore[index]
     dataset = random_dataset(20, 1_500, obs_dim, action_dim)
     model = PG("MlpPolicy", dataset=dataset, device=device, seed=0, **settings)
     obs = np.random.default_rng(0).normal(size=(50, obs_dim)).astype(np.float32)

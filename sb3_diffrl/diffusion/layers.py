@@ -10,7 +10,7 @@ from sb3_diffrl.native.library import load
 # Rows from which oneDNN's products are faster, numbers from which GELU is, and from which another thread brings more than it costs
 MIN_ROWS, MIN_NUMBERS, MIN_PER_THREAD = 256, 2**14, 2**15
 # oneDNN's product with its bias, which torch's own compiler uses, too; `torch.nn.functional.linear` copies the bias first and then
-# adds MKL's product, which is slower by a sixth on AMD's processors.
+# adds MKL's product.
 _linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 

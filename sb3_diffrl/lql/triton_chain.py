@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 # Chains of a program: the smallest block that tensor cores multiply
 BLOCK_ROWS = 16
-# Beyond, libraries that spread one product over the whole GPU are faster.
+# Beyond, one multiprocessor is too few for a product (not measured).
 MAX_WIDTH, MAX_ACTION_DIM = 256, 64
 # Rows of a weight matrix that are in flight at once, by the size of a number in bytes
 BLOCK_INNER = {4: 32, 2: 64}
