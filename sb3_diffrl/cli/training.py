@@ -158,6 +158,9 @@ class _NotedInterrupt:
     noted = 0
 
     def __enter__(self) -> "_NotedInterrupt":
+        from sb3_diffrl.callbacks import Interrupt
+
+        self._interrupt = Interrupt
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -167,7 +170,7 @@ class _NotedInterrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.noted = number
-        raise KeyboardInterrupt
+        raise self._interrupt
 
 
 def _recall(args: argparse.Namespace) -> None:
