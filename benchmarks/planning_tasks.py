@@ -10,7 +10,8 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_diffrl import OfflineDataset
-from sb3_diffrl.diffusion.transformer import Block, attention, modulate
+from sb3_diffrl.diffusion.attention import attention
+from sb3_diffrl.diffusion.transformer import ALL, Block, modulate
 from sb3_diffrl.offline.makers.pointmaze import WaypointController, register_mazes
 from sb3_diffrl.planner import PRESETS
 
@@ -142,13 +143,11 @@ def up_to_the_goal(dataset: OfflineDataset, longest: int = 800) -> OfflineDatase
 def use_normed_residual() -> None:
     """Make every transformer's block add to its normed input, as the reference's do."""
 
-    def forward(self: Block, x: th.Tensor, vectors: tuple[th.Tensor, ...], n_out: int | None = None) -> th.Tensor:
+    def forward(self: Block, x: th.Tensor, vectors: tuple[th.Tensor, ...], steps: slice = ALL) -> th.Tensor:
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors
         x = modulate(self.attention_norm(x), shift_attention, scale_attention)
-        keys, values = self.key_value(x).chunk(2, dim=2)
-        x = x if n_out is None else x[:, :n_out]
-        heads = attention(self._heads(self.query(x)), self._heads(keys), self._heads(values))
-        x = th.addcmul(x, gate_attention, self.attention_out(heads.transpose(1, 2).flatten(2)))
+        key_value, x = self.key_value(x), x[:, steps].contiguous()
+        x = th.addcmul(x, gate_attention, self.attention_out(attention(self.query(x), key_value, self.head_dim)))
         x = modulate(self.mlp_norm(x), shift_mlp, scale_mlp)
         return th.addcmul(x, gate_mlp, self.mlp(x))
 

@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from sb3_diffrl.diffusion import (
     Denoise,
@@ -24,7 +25,7 @@ from sb3_diffrl.diffusion import (
     native,
 )
 from sb3_diffrl.diffusion.layers import Linear, TanhGELU
-from sb3_diffrl.diffusion.transformer import BLOCK_VECTORS, SHORT, Block, attention
+from sb3_diffrl.diffusion.transformer import BLOCK_VECTORS, Block
 from sb3_diffrl.native import library
 
 
@@ -57,12 +58,6 @@ def test_a_transformer_starts_with_every_block_the_identity() -> None:
     assert not model(x, condition).any()
 
 
-@pytest.mark.parametrize("length", [1, 7, SHORT, SHORT + 1])
-def test_attention_of_any_length_is_torchs(length: int) -> None:
-    query, key, value = th.randn(3, 2, 5, 8), th.randn(3, 2, length, 8), th.randn(3, 2, length, 8)
-    th.testing.assert_close(attention(query, key, value), nn.functional.scaled_dot_product_attention(query, key, value))
-
-
 def test_a_block_is_its_formula() -> None:
     # Spelt with matrix products, softmax and loops over heads
     block, x = randomised(Block(8, 4)), th.randn(2, 5, 8)
@@ -82,24 +77,24 @@ def test_a_block_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize("condition_dim", [0, 5])
-def test_reading_the_first_steps_alone_gives_the_same_as_reading_all(condition_dim: int) -> None:
+def test_reading_some_steps_alone_gives_the_same_as_reading_all(condition_dim: int) -> None:
     model = randomised(Transformer1d(3, 2, 6, condition_dim, d_model=16, depth=2, head_dim=8))
     x, condition = th.randn(4, 6, 3), th.randn(4, condition_dim) if condition_dim else None
     full = model(x, condition)
     assert full.shape == (4, 6, 2)
-    for n_out in (1, 3):
-        th.testing.assert_close(model(x, condition, n_out), full[:, :n_out], rtol=1e-4, atol=1e-5)
+    for steps in (slice(1), slice(3), slice(2, None), slice(6, None)):
+        th.testing.assert_close(model(x, condition, steps), full[:, steps], rtol=1e-4, atol=1e-5)
     # What is read at the first step depends on the last one, and on the order
     moved = x.clone()
     moved[:, -1] += 1
     for other in (moved, x[:, [0, 2, 1, 3, 4, 5]]):
-        assert not th.isclose(model(other, condition, 1), full[:, :1], rtol=1e-3).all(dim=2).any()
+        assert not th.isclose(model(other, condition, slice(1)), full[:, :1], rtol=1e-3).all(dim=2).any()
 
 
 def test_every_weight_of_a_critic_learns() -> None:
     # A layer without a condition has no weights for one
     model = randomised(Transformer1d(3, 1, 6, d_model=16, depth=2, head_dim=8))
-    model(th.randn(4, 6, 3), n_out=1).sum().backward()
+    model(th.randn(4, 6, 3), steps=slice(1)).sum().backward()
     for name, parameter in model.named_parameters():
         # A bias of the keys moves all the scores of a query alike, and is the one that cannot matter
         gradient = parameter.grad[16:] if name.endswith("key_value.bias") and parameter.grad is not None else parameter.grad
@@ -112,6 +107,26 @@ def test_a_trajectory_shorter_than_the_longest_is_taken_and_a_longer_one_refused
     assert model(th.randn(2, 4, 3), th.rand(2)).shape == (2, 4, 3)
     with pytest.raises(ValueError, match="max_length"):
         model(th.randn(2, 7, 3), th.rand(2))
+
+
+@pytest.mark.parametrize("n_given", [0, 1, 3, 4, 6])
+def test_given_steps_come_out_as_zero_and_the_others_as_they_are(n_given: int) -> None:
+    model = randomised(DiT1d(3, max_length=4, cond_dim=2, d_model=16, head_dim=8, n_given=n_given))
+    x, time, cond = th.randn(5, 4, 3), th.rand(5), th.randn(5, 2)
+    output = model(x, time, cond)
+    assert output.shape == x.shape
+    assert not output[:, :n_given].any()
+    at_times = [model.at_times(time[:1], c)[0](x) for c in (cond, cond[:1], None)]
+    all_steps = randomised(DiT1d(3, max_length=4, cond_dim=2, d_model=16, head_dim=8))
+    all_steps.load_state_dict(model.state_dict())
+    th.testing.assert_close(output[:, n_given:], all_steps(x, time, cond)[:, n_given:], rtol=1e-4, atol=1e-5)
+    for here, c in zip(at_times, (cond, cond[:1].expand(5, -1), None), strict=True):
+        th.testing.assert_close(here, model(x, time[:1].expand(5), c), rtol=1e-4, atol=1e-5)
+
+
+def test_a_negative_number_of_given_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="n_given"):
+        DiT1d(3, max_length=4, d_model=16, head_dim=8, n_given=-1)
 
 
 def test_dit_depends_on_time_and_condition_row_by_row() -> None:
@@ -267,11 +282,12 @@ def test_at_the_times_of_a_chain_the_network_is_as_at_each_alone(kind: str, cond
     [(4, 32, 64, 32, 2, 3), (17, 4, 96, 16, 1, 30), (3, 2, 32, 16, 3, 1), (29, 50, 64, 64, 2, 2), (1, 9, 48, 12, 1, 11)],
 )
 @pytest.mark.parametrize("is_inpainting", [False, True])
+@pytest.mark.parametrize("n_given", [0, 1, 2])
 def test_compiled_chains_are_those_of_torch(
-    in_dim: int, length: int, d_model: int, head_dim: int, depth: int, batch: int, is_inpainting: bool
+    in_dim: int, length: int, d_model: int, head_dim: int, depth: int, batch: int, is_inpainting: bool, n_given: int
 ) -> None:
     th.manual_seed(0)
-    network = DiT1d(in_dim, length, d_model=d_model, depth=depth, head_dim=head_dim)
+    network = DiT1d(in_dim, length, d_model=d_model, depth=depth, head_dim=head_dim, n_given=n_given)
     process = DiffusionProcess(make_schedule("vp", 0), clip_sample=3.0 if is_inpainting else None)
     model = DiffusionModel(randomised(network), process)
     model.update_ema()
@@ -291,7 +307,7 @@ def test_compiled_chains_are_those_of_torch(
 
 @pytest.mark.skipif(library.load() is None, reason="no C compiler")
 def test_compiled_chains_see_weights_that_change_and_do_not_depend_on_the_batch() -> None:
-    network = DiT1d(3, 8, d_model=64, head_dim=32)
+    network = DiT1d(3, 8, d_model=64, head_dim=32, n_given=1)
     randomised(network)
     model = DiffusionModel(network, DiffusionProcess(make_schedule("vp", 0)))
     model.update_ema()
@@ -420,6 +436,9 @@ def test_fast_layers_leave_what_transforms_tensors_to_torch(layer: nn.Module) ->
     th.testing.assert_close(th.func.grad(loss)(x), expected, rtol=1e-4, atol=1e-4)
     th.testing.assert_close(th.vmap(layer)(x[None].expand(2, -1, -1))[1], layer(x))
     th.testing.assert_close(th.func.jvp(loss, (x,), (x,))[1], (expected * x).sum(), rtol=1e-3, atol=1e-2)
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, x))).tangent
+        th.testing.assert_close(slope, (expected * x).sum(), rtol=1e-3, atol=1e-2)
     output = layer(y)
     (batched,) = th.autograd.grad(output, y, th.stack([2 * output.detach()] * 2), is_grads_batched=True)
     th.testing.assert_close(batched[0], expected, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch as th
 from torch import nn
@@ -125,7 +124,8 @@ class DiT1d(nn.Module):
     :param depth: number of blocks
     :param head_dim: size of an attention head
     :param time_embedding_dim: size of the time's Fourier encoding, even
-    :raises ValueError: if ``head_dim`` does not divide ``d_model``
+    :param n_given: leading steps that are known (the present state): what comes out for them is zero, and is not computed
+    :raises ValueError: if ``head_dim`` does not divide ``d_model``, or ``n_given`` is negative
     """
 
     def __init__(
@@ -137,9 +137,13 @@ class DiT1d(nn.Module):
         depth: int = 2,
         head_dim: int = 64,
         time_embedding_dim: int = 128,
+        n_given: int = 0,
     ) -> None:
         super().__init__()
+        if n_given < 0:
+            raise ValueError(f"`n_given` must be at least 0, got {n_given}.")
         dim = time_embedding_dim
+        self.n_given = n_given
         self.time_embedding = TimeEmbedding(FourierEmbedding(dim), dim, d_model, d_model, nn.SiLU)
         self.cond_embedding = (
             nn.Sequential(nn.Linear(cond_dim, d_model), nn.SiLU(), nn.Linear(d_model, d_model)) if cond_dim else None
@@ -160,8 +164,16 @@ class DiT1d(nn.Module):
         :return: ``(batch, length, x_dim)``
         :raises ValueError: if a condition is given and ``cond_dim`` is 0
         """
-        output: th.Tensor = self.transformer(x_t, self._embed(time, cond, cond_mask))
-        return output
+        return self._with_given(x_t, self.transformer(x_t, self._embed(time, cond, cond_mask), self._computed))
+
+    @property
+    def _computed(self) -> slice:
+        return slice(self.n_given, None)
+
+    def _with_given(self, x_t: th.Tensor, computed: th.Tensor) -> th.Tensor:
+        n_given = x_t.shape[1] - computed.shape[1]
+        # (batch, length - n_given, x_dim) -> (batch, length, x_dim)
+        return nn.functional.pad(computed, (0, 0, n_given, 0)) if n_given else computed
 
     def _embed(self, time: th.Tensor, cond: th.Tensor | None, cond_mask: th.Tensor | None = None) -> th.Tensor:
         embedding: th.Tensor = self.time_embedding(time)
@@ -185,9 +197,12 @@ class DiT1d(nn.Module):
                 return lambda x_t: self(x_t, time.expand(len(x_t)), cond)
 
             return [at(time) for time in times.unbind()]
-        vectors = self.vectors_at(times, cond)
+
+        def at_vectors(vectors: tuple[th.Tensor, ...]) -> Callable[[th.Tensor], th.Tensor]:
+            return lambda x_t: self._with_given(x_t, self.transformer.modulated(x_t, vectors, self._computed))
+
         # (n, n_vectors, d_model) -> n x n_vectors x (1, 1, d_model)
-        return [partial(self.transformer.modulated, vectors=step[:, None, None].unbind()) for step in vectors.unbind()]
+        return [at_vectors(step[:, None, None].unbind()) for step in self.vectors_at(times, cond).unbind()]
 
     def vectors_at(self, times: th.Tensor, cond: th.Tensor | None = None) -> th.Tensor:
         """What sets the transformer's layer norms and gates at each of the times of a chain.

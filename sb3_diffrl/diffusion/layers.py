@@ -4,6 +4,7 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.autograd import forward_ad
 
 from sb3_diffrl.native.library import load
 
@@ -14,8 +15,8 @@ MIN_ROWS, MIN_NUMBERS, MIN_PER_THREAD = 256, 2**14, 2**15
 _linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 
-def _is_plain(x: th.Tensor) -> bool:
-    # Numbers in a CPU's memory, which no tracing, transform (`torch.func`) or autocast has to see
+def is_plain(x: th.Tensor) -> bool:
+    """Whether these are floats in a row in a CPU's memory, whose operations no transform (``torch.func``) has to see."""
     return (
         type(x) is th.Tensor
         and x.dtype == th.float32
@@ -26,9 +27,14 @@ def _is_plain(x: th.Tensor) -> bool:
     )
 
 
+def is_seen() -> bool:
+    """Whether tracing, a compiler, autocast or forward differentiation has to see what is computed now."""
+    is_traced = bool(th._C._get_tracing_state()) or th.compiler.is_compiling()
+    return is_traced or th.is_autocast_enabled("cpu") or forward_ad._current_level >= 0
+
+
 def _is_fast(x: th.Tensor, size: int, least: int) -> bool:
-    seen = th._C._get_tracing_state() or th.compiler.is_compiling() or th.is_autocast_enabled("cpu")
-    return not seen and size >= least and _is_plain(x)
+    return size >= least and not is_seen() and is_plain(x)
 
 
 class _LinearFunction(th.autograd.Function):
@@ -44,7 +50,7 @@ class _LinearFunction(th.autograd.Function):
         (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
         x_gradient, weight_gradient, bias_gradient = None, None, None
         if ctx.needs_input_grad[0]:
-            if th.is_grad_enabled() or not _is_plain(gradient) or _linear is None:  # a second derivative may be asked for
+            if th.is_grad_enabled() or not is_plain(gradient) or _linear is None:  # a second derivative may be asked for
                 x_gradient = (rows @ weight).view(x.shape)
             else:
                 x_gradient = _linear(rows, weight.T, None, "none", [], "").view(x.shape)
@@ -83,7 +89,7 @@ class _GeluFunction(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
         library, (x,) = load(), ctx.saved_tensors
-        if th.is_grad_enabled() or not _is_plain(gradient):  # a second derivative may be asked for
+        if th.is_grad_enabled() or not is_plain(gradient):  # a second derivative may be asked for
             result: th.Tensor = th.ops.aten.gelu_backward(gradient, x, approximate="tanh")
             return result
         assert library is not None

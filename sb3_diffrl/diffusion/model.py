@@ -146,7 +146,7 @@ class DiffusionModel(nn.Module):
         start = start if fixed is None else th.where(fixed.mask, fixed.values, start)
         mask = None if fixed is None else fixed.mask
         vectors = self._of_times(network, num_inference_steps, network.vectors_at, cond)
-        return native.ddim_transformer(network.transformer, vectors, coefficients, start, mask, clip)
+        return native.ddim_transformer(network.transformer, vectors, coefficients, start, mask, clip, network.n_given)
 
     def _of_times(
         self, network: nn.Module, num_inference_steps: int, make: Callable[..., th.Tensor], *cond: th.Tensor | None

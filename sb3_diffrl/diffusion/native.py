@@ -25,7 +25,7 @@ Coefficients = Sequence[tuple[float, float, float, float]]
 class _Transformer(ctypes.Structure):
     # struct transformer of transformer.c
     _fields_ = (
-        *longs("in_dim", "length", "d_model", "head_dim", "depth", "n_steps", "batch"),
+        *longs("in_dim", "length", "d_model", "head_dim", "depth", "n_steps", "batch", "n_given"),
         ("clip", ctypes.c_float),
         *pointers("packed", "positions", "vectors", "coefficients", "is_fixed", "plans"),
     )
@@ -165,6 +165,7 @@ def ddim_transformer(
     start: th.Tensor,
     fixed_mask: th.Tensor | None,
     clip: float | None,
+    n_given: int = 0,
 ) -> th.Tensor:
     """Denoise trajectories by DDIM; what a trajectory becomes depends on its own start alone.
 
@@ -174,6 +175,7 @@ def ddim_transformer(
     :param start: ``(batch, length, in_dim)``, clean where ``fixed_mask`` is true
     :param fixed_mask: boolean, ``(length, in_dim)``, true where ``start`` is held
     :param clip: x0 is held in [-clip, clip]
+    :param n_given: leading steps for which the network's output is zero
     :return: float32, of the shape of ``start``
     """
     library = load()
@@ -185,7 +187,7 @@ def ddim_transformer(
     kept = (vectors.detach().float().contiguous(), th.tensor(coefficients), network.positions.contiguous(), is_fixed, plans)
     vectors_, coefficients_, positions, *_ = kept
     d_model, depth = network.output.in_features, len(network.blocks)
-    struct = _Transformer(in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, clip or math.inf)
+    struct = _Transformer(in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, min(n_given, length), clip or math.inf)
     packed = _pack(network, struct, "transformer", _linears(network))
     struct.packed, struct.positions, struct.vectors = packed.data_ptr(), positions.data_ptr(), vectors_.data_ptr()
     struct.coefficients, struct.is_fixed, struct.plans = coefficients_.data_ptr(), is_fixed.data_ptr(), plans.data_ptr()

@@ -3,6 +3,7 @@
 import torch as th
 from torch import nn
 
+from sb3_diffrl.diffusion.attention import attention
 from sb3_diffrl.diffusion.embeddings import sines_and_cosines, sinusoidal_frequencies
 from sb3_diffrl.diffusion.layers import Linear, TanhGELU
 
@@ -10,8 +11,7 @@ from sb3_diffrl.diffusion.layers import Linear, TanhGELU
 BLOCK_VECTORS = 6
 # Shift and scale of the last norm.
 FINAL_VECTORS = 2
-# On a CPU, torch's fused kernel takes blocks of 32 steps: up to this length plain products are two to four times as fast
-SHORT = 64
+ALL = slice(None)
 
 
 class Modulation(nn.Module):
@@ -61,27 +61,18 @@ class Block(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def _heads(self, x: th.Tensor) -> th.Tensor:
-        # (batch, length, d_model) -> (batch, n_heads, length, head_dim)
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-
-    def forward(self, x: th.Tensor, vectors: tuple[th.Tensor, ...], n_out: int | None = None) -> th.Tensor:
+    def forward(self, x: th.Tensor, vectors: tuple[th.Tensor, ...], steps: slice = ALL) -> th.Tensor:
         """Apply the block.
 
         :param x: tokens, ``(batch, length, d_model)``
         :param vectors: six tensors ``(batch or 1, 1, d_model)``: shift, scale and gate of the attention, then of the perceptron
-        :param n_out: compute only that many leading tokens, all if ``None``
-        :return: ``(batch, n_out, d_model)``
+        :param steps: tokens to compute, from what all of them are
+        :return: ``(batch, n_steps, d_model)``
         """
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors
         normed = modulate(self.attention_norm(x), shift_attention, scale_attention)
-        keys, values = self.key_value(normed).chunk(2, dim=2)
-        if n_out is not None:
-            x, normed = x[:, :n_out], normed[:, :n_out]
-        heads = attention(self._heads(self.query(normed)), self._heads(keys), self._heads(values))
-        # (batch, n_heads, n_out, head_dim) -> (batch, n_out, d_model)
-        attended = self.attention_out(heads.transpose(1, 2).flatten(2))
-        x = th.addcmul(x, gate_attention, attended)
+        query, key_value = self.query(normed[:, steps].contiguous()), self.key_value(normed)
+        x = th.addcmul(x[:, steps], gate_attention, self.attention_out(attention(query, key_value, self.head_dim)))
         return th.addcmul(x, gate_mlp, self.mlp(modulate(self.mlp_norm(x), shift_mlp, scale_mlp)))
 
 
@@ -91,7 +82,7 @@ class Transformer1d(nn.Module):
     With a condition it is the trunk of ``DiT1d``; without, read at its first token, a critic of trajectories::
 
         critic = Transformer1d(obs_dim, 1, max_length=horizon)
-        value = critic(plan, n_out=1)[:, 0, 0]
+        value = critic(plan, steps=slice(1))[:, 0, 0]
 
     Its output starts at zero.
 
@@ -134,33 +125,33 @@ class Transformer1d(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, x: th.Tensor, condition: th.Tensor | None = None, n_out: int | None = None) -> th.Tensor:
+    def forward(self, x: th.Tensor, condition: th.Tensor | None = None, steps: slice = ALL) -> th.Tensor:
         """Apply the transformer.
 
         :param x: steps, ``(batch, length, in_dim)``
         :param condition: ``(batch, condition_dim)``, or ``(1, condition_dim)`` for all rows; ``None`` if ``condition_dim`` is 0
-        :param n_out: compute only that many leading steps of the output (they see all of ``x``), all if ``None``
-        :return: ``(batch, n_out, out_dim)``
+        :param steps: which steps of the output to compute; they see all of ``x``
+        :return: ``(batch, n_steps, out_dim)``
         :raises ValueError: if ``x`` is longer than ``max_length``, or a condition is missing or not expected
         """
         if x.shape[1] > len(self.positions):
             raise ValueError(f"A trajectory of {x.shape[1]} steps is longer than `max_length` = {len(self.positions)}.")
         if (condition is None) == (self.condition_dim > 0):
             raise ValueError(f"`condition` must be given exactly when `condition_dim` > 0, which is {self.condition_dim}.")
-        return self.modulated(x, self.modulation(condition), n_out)
+        return self.modulated(x, self.modulation(condition), steps)
 
-    def modulated(self, x: th.Tensor, vectors: tuple[th.Tensor, ...], n_out: int | None = None) -> th.Tensor:
+    def modulated(self, x: th.Tensor, vectors: tuple[th.Tensor, ...], steps: slice = ALL) -> th.Tensor:
         """Apply the transformer with given vectors in place of a condition.
 
         :param x: steps, ``(batch, length, in_dim)``
         :param vectors: as ``modulation`` makes them, each ``(batch or 1, 1, d_model)``
-        :param n_out: see ``forward()``
-        :return: ``(batch, n_out, out_dim)``
+        :param steps: see ``forward()``
+        :return: ``(batch, n_steps, out_dim)``
         """
         hidden = self.embedding(x) + self.positions[: x.shape[1]]
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
-            hidden = block(hidden, vectors[BLOCK_VECTORS * i : BLOCK_VECTORS * (i + 1)], n_out if is_last else None)
+            hidden = block(hidden, vectors[BLOCK_VECTORS * i : BLOCK_VECTORS * (i + 1)], steps if is_last else ALL)
         shift, scale = vectors[-FINAL_VECTORS:]
         output: th.Tensor = self.output(modulate(self.final_norm(hidden), shift, scale))
         return output
@@ -169,18 +160,3 @@ class Transformer1d(nn.Module):
 def modulate(normed: th.Tensor, shift: th.Tensor, scale: th.Tensor) -> th.Tensor:
     """``normed * (1 + scale) + shift``"""
     return th.addcmul(shift, normed, 1 + scale)
-
-
-def attention(query: th.Tensor, key: th.Tensor, value: th.Tensor) -> th.Tensor:
-    """Scaled dot-product attention.
-
-    :param query: ``(batch, n_heads, n_queries, head_dim)``
-    :param key: ``(batch, n_heads, length, head_dim)``
-    :param value: of the shape of ``key``
-    :return: of the shape of ``query``
-    """
-    if query.device.type != "cpu" or key.shape[2] > SHORT:
-        return nn.functional.scaled_dot_product_attention(query, key, value)
-    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-    attended: th.Tensor = scores.softmax(-1) @ value
-    return attended

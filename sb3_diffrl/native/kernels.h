@@ -20,7 +20,7 @@
 #define LANES 8
 #define TILE_ROWS 6
 #endif
-#define SHORT_ROWS (TILE_ROWS / 3 * 2) /* of a last tile that needs no more */
+#define THIRD (TILE_ROWS / 3)      /* a last tile may have one or two thirds of the rows */
 #define ROW_PANELS 4               /* panels that a single row takes at once; at most TILE_ROWS */
 #define PANEL (2 * LANES)          /* columns of a tile */
 #define MAX_HIDDEN 16
@@ -260,10 +260,13 @@ INLINE void layer(long rows, long k, long n, const void *a, long lda, const void
     for (long column = 0; column < n; column += PANEL)
         for (long row = 0; row < rows; row += TILE_ROWS) {
             struct epilogue here = below(e, row * ld);
-            if (rows - row <= SHORT_ROWS)
-                tile(SHORT_ROWS, 1, halves, k, AT(a, row * lda), lda, AT(panels, column * k), column, ld, &here, activation, factors);
+            const void *rows_a = AT(a, row * lda), *panel = AT(panels, column * k);
+            if (rows - row <= THIRD)
+                tile(THIRD, 1, halves, k, rows_a, lda, panel, column, ld, &here, activation, factors);
+            else if (rows - row <= 2 * THIRD)
+                tile(2 * THIRD, 1, halves, k, rows_a, lda, panel, column, ld, &here, activation, factors);
             else
-                tile(TILE_ROWS, 1, halves, k, AT(a, row * lda), lda, AT(panels, column * k), column, ld, &here, activation, factors);
+                tile(TILE_ROWS, 1, halves, k, rows_a, lda, panel, column, ld, &here, activation, factors);
         }
 #undef AT
 }

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch as th
 
-_FILES = ("langevin.c", "stacked_mlp.c", "transformer.c", "perceptron.c", "beta_policy.c", "vectors.c")
+_FILES = ("langevin.c", "stacked_mlp.c", "attention.c", "transformer.c", "perceptron.c", "beta_policy.c", "vectors.c")
 SOURCES = [Path(__file__).with_name(name) for name in _FILES]
-HEADER = Path(__file__).with_name("kernels.h")
+HEADERS = [Path(__file__).with_name(name) for name in ("kernels.h", "attention.h")]
 # No fast-math: NaN must stay NaN. Products and sums may be fused.
 # Tuned for none: GCC's tuning for some processors fuses them in one tile and not in another, and a row's result would depend on
 # its batch.
@@ -74,7 +74,7 @@ def compile_library() -> Path:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if shutil.which(compiler[0]) is None:
         raise OSError(f"no C compiler `{compiler[0]}`")
-    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     key = hashlib.sha256("\0".join([*texts, *compiler, *FLAGS, OPENMP, _processor()]).encode()).hexdigest()[:20]
     library = _cache_folder() / f"native-{key}.so"
     if not library.exists():
@@ -100,11 +100,12 @@ def load() -> ctypes.CDLL | None:
         logger.info("No compiled code, torch computes instead: %s", error)
         return None
     sizes = ("mlp_saved_floats", "mlp_memory_floats", "transformer_packed_floats", "perceptron_packed_floats")
-    for name in (*sizes, "beta_policy_memory_floats"):
+    for name in (*sizes, "beta_policy_memory_floats", "attention_weights_floats"):
         _declare(getattr(library, name), [ctypes.c_void_p], ctypes.c_long)
-    for name in ("langevin_memory_floats", "transformer_memory_floats", "perceptron_memory_floats"):
-        _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_long], ctypes.c_long)
-    for name in ("langevin_run", "mlp_forward", "mlp_backward", "transformer_run", "perceptron_run"):
+    for kind in ("langevin", "attention", "transformer", "perceptron"):
+        _declare(getattr(library, f"{kind}_memory_floats"), [ctypes.c_void_p, ctypes.c_long], ctypes.c_long)
+    runs = ("langevin_run", "transformer_run", "perceptron_run")
+    for name in (*runs, "mlp_forward", "mlp_backward", "attention_forward", "attention_backward"):
         _declare(getattr(library, name), [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long], None)
     _declare(library.beta_policy_run, [ctypes.c_void_p] * 2, None)
     _declare(library.total_norm, [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2, ctypes.c_float)

@@ -1,15 +1,14 @@
 /* DDIM chains on a diffusion transformer. Trajectories are independent of each other, so a block of them goes through every step
  * while its activations stay in the cache. */
-#include "kernels.h"
+#include "attention.h"
 
 #define NORM_EPS 1e-6f
-#define QUERIES 4       /* that are scored at once */
-#define MIXED 4         /* vectors of a value that are mixed at once */
 #define BLOCK_VECTORS 6 /* shift, scale and gate of the attention, then of the perceptron */
 
 /* A batch of chains and the transformer that denoises them; diffusion/native.py mirrors this struct. */
 struct transformer {
     long in_dim, length, d_model, head_dim, depth, n_steps, batch; /* d_model: whole vectors */
+    long n_given;              /* leading steps for which the output is zero */
     float clip;                /* x0 is held in [-clip, clip] */
     const float *packed;       /* transformer_pack(): all weights and biases */
     const float *positions;    /* (length, d_model) */
@@ -74,14 +73,6 @@ void transformer_pack(const struct transformer *t, const float *const *weights, 
     }
 }
 
-INLINE float sum_of_lanes(vec v) {
-    float sums[LANES];
-    memcpy(sums, &v, sizeof sums);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int l = 0; l < width; l++) sums[l] += sums[l + width];
-    return sums[0];
-}
-
 /* Rows of d numbers, padded(d) apart, to rows of mean 0 and variance 1, then times 1 + scale, plus shift. */
 static void modulated_norm(long rows, long d, const float *x, const float *shift, const float *scale, float *to) {
     for (long r = 0; r < rows; r++) {
@@ -106,83 +97,14 @@ static void add_gated(long rows, long d, const float *gate, const float *from, f
         for (long j = 0; j < d; j += LANES) *(vec *)(x + r * padded(d) + j) += *(const vec *)(gate + j) * *(const vec *)(from + r * padded(d) + j);
 }
 
-static long whole_vectors(long n) { return (n + LANES - 1) / LANES * LANES; }
-
-/* Keys of a head, (length, head_dim), with the steps in rows: (head_dim, whole_vectors(length)), zero beyond the last. */
-static void turn_keys(const struct transformer *t, const float *keys, float *turned) {
-    long whole = whole_vectors(t->length), ld = padded(2 * t->d_model);
-    for (long j = 0; j < t->head_dim; j++) {
-        *(vec *)(turned + (j + 1) * whole - LANES) = (vec){0};
-        for (long k = 0; k < t->length; k++) turned[j * whole + k] = keys[k * ld + j];
-    }
+static struct heads heads_of(const struct transformer *t, long n_queries) {
+    return (struct heads){n_queries, t->length, t->d_model, t->head_dim, padded(t->d_model), padded(2 * t->d_model)};
 }
 
-/* scores (count x whole_vectors(length)) of as many queries */
-INLINE void score(const struct transformer *t, int count, const float *query, const float *turned, float *scores) {
-    long whole = whole_vectors(t->length), ld = padded(t->d_model);
-    for (long k = 0; k < whole; k += LANES) {
-        vec sums[QUERIES] = {{0}};
-        for (long j = 0; j < t->head_dim; j++) {
-            vec keys = *(const vec *)(turned + j * whole + k);
-            for (int i = 0; i < count; i++) sums[i] += query[i * ld + j] * keys;
-        }
-        for (int i = 0; i < count; i++) *(vec *)(scores + i * whole + k) = sums[i];
-    }
+static long attention_floats(const struct transformer *t) {
+    struct heads all = heads_of(t, t->length);
+    return attend_floats(&all);
 }
-
-static void softmax(long n, float factor, float *scores) {
-    float largest = -INFINITY, total = 0;
-    for (long k = 0; k < n; k++) largest = scores[k] > largest ? scores[k] : largest;
-    for (long k = n; k < whole_vectors(n); k++) scores[k] = largest;
-    for (long k = 0; k < whole_vectors(n); k += LANES) *(vec *)(scores + k) = exponential(factor * (*(vec *)(scores + k) - largest));
-    for (long k = 0; k < n; k++) total += scores[k];
-    for (long k = 0; k < whole_vectors(n); k += LANES) *(vec *)(scores + k) /= total;
-}
-
-/* The values' mean with weights; of `count` whole vectors from `values` on, the rows ld apart */
-INLINE void mix(int count, long n, const float *weights, const float *values, long ld, float *to) {
-    vec sums[MIXED] = {{0}};
-    for (long k = 0; k < n; k++)
-        for (int v = 0; v < count; v++) sums[v] += weights[k] * *(const vec *)(values + k * ld + v * LANES);
-    for (int v = 0; v < count; v++) *(vec *)(to + v * LANES) = sums[v];
-}
-
-static void mix_head(long h, long n, const float *weights, const float *values, long ld, float *to) {
-    long j = 0;
-    for (; j + MIXED * LANES <= h; j += MIXED * LANES) mix(MIXED, n, weights, values + j, ld, to + j);
-    for (; j + LANES <= h; j += LANES) mix(1, n, weights, values + j, ld, to + j);
-    if (j < h && h >= LANES) { /* the last vector begins within the one before */
-        mix(1, n, weights, values + h - LANES, ld, to + h - LANES);
-        return;
-    }
-    for (; j < h; j++) {
-        float sum = 0;
-        for (long k = 0; k < n; k++) sum += weights[k] * values[k * ld + j];
-        to[j] = sum;
-    }
-}
-
-/* One trajectory's attention: every step sees every other. room: attention_floats(). */
-static void attend(const struct transformer *t, const float *query, const float *key_value, float *room, float *to) {
-    long d = t->d_model, h = t->head_dim, n = t->length, whole = whole_vectors(n), ld = padded(d), ld_key_value = padded(2 * d);
-    float *turned = room, *scores = room + h * whole;
-    for (long head = 0; head < d; head += h) {
-        turn_keys(t, key_value + head, turned);
-        for (long i = 0; i < n; i += QUERIES) {
-            const float *from = query + i * ld + head;
-            if (i + QUERIES <= n)
-                score(t, QUERIES, from, turned, scores);
-            else
-                for (long r = 0; i + r < n; r++) score(t, 1, from + r * ld, turned, scores + r * whole);
-            for (long r = 0; r < QUERIES && i + r < n; r++) {
-                softmax(n, 1.0f / sqrtf(h), scores + r * whole);
-                mix_head(h, n, scores + r * whole, key_value + d + head, ld_key_value, to + (i + r) * ld + head);
-            }
-        }
-    }
-}
-
-static long attention_floats(const struct transformer *t) { return (t->head_dim + QUERIES) * whole_vectors(t->length); }
 
 struct scratch {
     float *x, *normed, *wide, *query, *result, *attention;
@@ -192,13 +114,25 @@ static void apply(struct linear l, long rows, const float *a, long lda, float *v
     linear_layer(rows, l.in, padded(l.out), a, lda, l.panels, padded(l.out), (struct epilogue){.bias = l.bias, .value = value});
 }
 
-static void apply_block(const struct transformer *t, long block, long n_plans, const float *vectors, const struct scratch *s) {
-    long d = t->d_model, ld = padded(d), rows = n_plans * t->length, first = 1 + LINEARS * block;
-    modulated_norm(rows, d, s->x, vectors, vectors + d, s->normed);
+/* Of rows of whole plans, those from the step `first` on, one after the other */
+static void keep_steps(long n_plans, long length, long first, long ld, float *rows) {
+    long kept = (length - first) * ld;
+    for (long p = 0; p < n_plans; p++) memmove(rows + p * kept, rows + (p * length + first) * ld, sizeof(float) * kept);
+}
+
+/* Of each plan, s->x has all steps before, and those from `skipped` on after. */
+static void apply_block(const struct transformer *t, long block, long n_plans, long skipped, const float *vectors, const struct scratch *s) {
+    long d = t->d_model, ld = padded(d), kept = t->length - skipped, rows = n_plans * kept, first = 1 + LINEARS * block;
+    struct heads heads = heads_of(t, kept);
+    modulated_norm(n_plans * t->length, d, s->x, vectors, vectors + d, s->normed);
+    apply(linear_at(t, first + KEY_VALUE), n_plans * t->length, s->normed, ld, s->wide);
+    if (skipped) {
+        keep_steps(n_plans, t->length, skipped, ld, s->x);
+        keep_steps(n_plans, t->length, skipped, ld, s->normed);
+    }
     apply(linear_at(t, first + QUERY), rows, s->normed, ld, s->query);
-    apply(linear_at(t, first + KEY_VALUE), rows, s->normed, ld, s->wide);
     for (long p = 0; p < n_plans; p++)
-        attend(t, s->query + p * t->length * ld, s->wide + p * t->length * padded(2 * d), s->attention, s->normed + p * t->length * ld);
+        attend(&heads, s->query + p * kept * ld, s->wide + p * t->length * padded(2 * d), s->attention, NULL, s->normed + p * kept * ld);
     apply(linear_at(t, first + ATTENTION_OUT), rows, s->normed, ld, s->result);
     add_gated(rows, d, vectors + 2 * d, s->result, s->x);
     modulated_norm(rows, d, s->x, vectors + 3 * d, vectors + 4 * d, s->normed);
@@ -209,22 +143,27 @@ static void apply_block(const struct transformer *t, long block, long n_plans, c
 }
 
 static void run_block(const struct transformer *t, float *plans, long n_plans, const struct scratch *s) {
-    long d = t->d_model, n = t->in_dim, rows = n_plans * t->length, n_vectors = BLOCK_VECTORS * t->depth + 2, ld = padded(n);
+    long d = t->d_model, n = t->in_dim, length = t->length, rows = n_plans * length, n_vectors = BLOCK_VECTORS * t->depth + 2;
+    long ld = padded(n), skipped = t->n_given, kept = length - skipped;
     for (long step = 0; step < t->n_steps; step++) {
         const float *vectors = t->vectors + step * n_vectors * d, *c = t->coefficients + 4 * step;
         apply(linear_at(t, 0), rows, plans, n, s->x);
         for (long r = 0; r < rows; r++)
-            for (long j = 0; j < d; j += LANES) *(vec *)(s->x + r * padded(d) + j) += *(const vec *)(t->positions + r % t->length * d + j);
-        for (long block = 0; block < t->depth; block++) apply_block(t, block, n_plans, vectors + BLOCK_VECTORS * block * d, s);
+            for (long j = 0; j < d; j += LANES) *(vec *)(s->x + r * padded(d) + j) += *(const vec *)(t->positions + r % length * d + j);
+        for (long block = 0; block < t->depth; block++)
+            apply_block(t, block, n_plans, block == t->depth - 1 ? skipped : 0, vectors + BLOCK_VECTORS * block * d, s);
         vectors += BLOCK_VECTORS * t->depth * d;
-        modulated_norm(rows, d, s->x, vectors, vectors + d, s->normed);
-        apply(linear_at(t, LINEARS * t->depth + 1), rows, s->normed, padded(d), s->result);
-        for (long r = 0; r < rows; r++)
+        modulated_norm(n_plans * kept, d, s->x, vectors, vectors + d, s->normed);
+        apply(linear_at(t, LINEARS * t->depth + 1), n_plans * kept, s->normed, padded(d), s->result);
+        for (long r = 0; r < rows; r++) {
+            long of_plan = r % length;
+            const float *output = of_plan < skipped ? NULL : s->result + (r / length * kept + of_plan - skipped) * ld;
             for (long j = 0; j < n; j++) {
-                if (t->is_fixed[r % t->length * n + j]) continue;
+                if (t->is_fixed[of_plan * n + j]) continue;
                 float *x = plans + r * n + j;
-                *x = ddim_step(*x, s->result[r * ld + j], c, t->clip);
+                *x = ddim_step(*x, output ? output[j] : 0.0f, c, t->clip);
             }
+        }
     }
 }
 
@@ -254,11 +193,12 @@ static void run_part(const struct transformer *t, long begin, long end, float *m
     s.wide = take(&memory, rows * padded(4 * t->d_model));
     s.attention = take(&memory, attention_floats(t));
     s.result = memory;
-    for (long i = begin; i < end; i += per_block) {
-        long n = end - i < per_block ? end - i : per_block;
-        memcpy(plans, t->plans + i * plan, sizeof(float) * n * plan);
+    long count = end - begin, n_blocks = (count + per_block - 1) / per_block;
+    for (long b = 0; b < n_blocks; b++) { /* as even as can be */
+        long first = begin + count * b / n_blocks, n = begin + count * (b + 1) / n_blocks - first;
+        memcpy(plans, t->plans + first * plan, sizeof(float) * n * plan);
         run_block(t, plans, n, &s);
-        memcpy(t->plans + i * plan, plans, sizeof(float) * n * plan);
+        memcpy(t->plans + first * plan, plans, sizeof(float) * n * plan);
     }
 }
 

@@ -55,7 +55,7 @@ class HorizonCritic(nn.Module):
 
     def forward(self, plan: th.Tensor) -> th.Tensor:
         """``(batch, horizon, obs_dim) -> (batch,)``"""
-        output: th.Tensor = self.transformer(plan, n_out=1)
+        output: th.Tensor = self.transformer(plan, steps=slice(1))
         return output[:, 0, 0]
 
 
@@ -72,7 +72,7 @@ class NoisyCritic(nn.Module):
 
     def forward(self, x_t: th.Tensor, time: th.Tensor) -> th.Tensor:
         """``(batch, horizon, obs_dim)``, network times ``(batch,)`` ``-> (batch,)``"""
-        output: th.Tensor = self.transformer(x_t, self.time_embedding(time), n_out=1)
+        output: th.Tensor = self.transformer(x_t, self.time_embedding(time), steps=slice(1))
         return output[:, 0, 0]
 
 
@@ -219,6 +219,7 @@ class PlannerPolicy(TimestepSamplerMixin, OfflinePolicy):
                 self.depth,
                 self.head_dim,
                 self.time_embedding_dim,
+                n_given=1,
             ),
             DiffusionProcess(make_schedule("vp", 0), self.prediction_type, self.clip_sample),
             self.ema_decay,
