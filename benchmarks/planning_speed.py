@@ -5,8 +5,8 @@
 Same sizes, those of the papers: width 256, depth 2, batch 128, 20 denoising steps a plan and 10 an action. ``mujoco``: 17
 observations, 6 actions, horizon 4; ``maze``: 4 observations, 2 actions, horizon 32. Two threads; random data. ``plan`` is one
 plan and its action, ``mcss`` the same with 50 candidates, ``update`` a gradient step of planner, critic and inverse dynamics.
-``pg`` and ``plan of 16`` are the package's alone: an action of Prior Guidance, and a plan and an action for each of 16 envs at
-once. ``cpu`` is the `cpu` preset of the mazes, on one thread. Run it while nothing else runs; quote the ratios.
+``plan of 16`` is a plan and an action for each of 16 envs at once, ``pg`` (the package's alone) an action of Prior Guidance.
+``cpu`` is the `cpu` preset of the mazes on one thread, ``cpu2`` on two. Run it while nothing else runs; quote the ratios.
 
 CleanDiffuser is https://github.com/CleanDiffuserTeam/CleanDiffuser; its environment needs torch, einops and torchvision. Writes
 ``results/planning_speed.csv`` (a row a round, contestant and task) and ``planning_speed.json``.
@@ -19,7 +19,7 @@ from typing import Any
 from contest import Task, measure, serve, write
 
 SIZES = {"mujoco": (17, 6, 4, 32), "maze": (4, 2, 32, 64)}  # observations, actions, horizon, size of a head
-WIDTH, BATCH, CANDIDATES, THREADS = 256, 128, 50, 2
+WIDTH, BATCH, CANDIDATES, ENVS, THREADS = 256, 128, 50, 16, 2
 PLAN_STEPS, ACTION_STEPS = 20, 10
 
 
@@ -39,14 +39,14 @@ def own_tasks(preset: str) -> dict[str, Task]:
     from sb3_diffrl.planner import PRESETS
 
     th.set_num_threads(1 if preset == "cpu" else THREADS)
-    if preset == "cpu":
+    if preset not in SIZES:
         obs_dim, settings = 4, dict(PRESETS["pointmaze"]["cpu"])
         model = own_model(obs_dim, 2, settings.pop("horizon"), **settings)
     else:
         obs_dim, action_dim, horizon, head_dim = SIZES[preset]
         policy_kwargs = {"d_model": WIDTH, "head_dim": head_dim}
         model = own_model(obs_dim, action_dim, horizon, policy_kwargs=policy_kwargs, batch_size=BATCH)
-    obs = np.random.default_rng(1).normal(size=(16, obs_dim)).astype(np.float32)
+    obs = np.random.default_rng(1).normal(size=(ENVS, obs_dim)).astype(np.float32)
 
     def predict(guidance: str, n: int) -> Task:
         def task() -> None:
@@ -55,8 +55,8 @@ def own_tasks(preset: str) -> dict[str, Task]:
 
         return task
 
-    tasks = {"plan": predict("none", 1), "mcss": predict("mcss", 1), "pg": predict("pg", 1), "plan of 16": predict("none", 16)}
-    tasks["update"] = model.update
+    tasks = {"plan": predict("none", 1), "mcss": predict("mcss", 1), "pg": predict("pg", 1), "update": model.update}
+    tasks[f"plan of {ENVS}"] = predict("none", ENVS)
     return {f"{preset} {name}": task for name, task in tasks.items()}
 
 
@@ -99,23 +99,24 @@ def cleandiffuser_tasks(preset: str, folder: str) -> dict[str, Task]:
         optimizer.step()
         policy.update(actions, pairs)
 
-    def act(n_candidates: int) -> Task:
-        prior, obs = th.zeros(n_candidates, horizon, obs_dim), th.randn(1, obs_dim)
-        prior[:, 0] = obs
+    def act(n_envs: int, n_candidates: int) -> Task:
+        obs = th.randn(n_envs, obs_dim)
+        prior, start = th.zeros(n_envs * n_candidates, horizon, obs_dim), th.zeros(n_envs, action_dim)
+        prior[:, 0] = obs.repeat_interleave(n_candidates, dim=0)
 
         def task() -> None:
-            plans, _ = planner.sample(prior, solver="ddim", n_samples=n_candidates, sample_steps=PLAN_STEPS, w_cfg=1.0)
+            plans, _ = planner.sample(prior, solver="ddim", n_samples=len(prior), sample_steps=PLAN_STEPS, w_cfg=1.0)
             with th.no_grad():
-                best = plans[critic(plans)[:, 0].argmax()] if n_candidates > 1 else plans[0]
-            pair = th.cat([obs, best[1][None]], dim=1)
-            start = th.zeros(1, action_dim)
+                plans = plans[critic(plans)[:, 0].argmax()][None] if n_candidates > 1 else plans
+            pairs = th.cat([obs, plans[:, 1]], dim=1)
             policy.sample(
-                start, solver="ddpm", n_samples=1, sample_steps=ACTION_STEPS, condition_cfg=pair, w_cfg=1.0, temperature=0.5
+                start, solver="ddpm", n_samples=n_envs, sample_steps=ACTION_STEPS, condition_cfg=pairs, w_cfg=1.0, temperature=0.5
             )
 
         return task
 
-    return {f"{preset} plan": act(1), f"{preset} mcss": act(CANDIDATES), f"{preset} update": update}
+    tasks = {"plan": act(1, 1), "mcss": act(1, CANDIDATES), f"plan of {ENVS}": act(ENVS, 1), "update": update}
+    return {f"{preset} {name}": task for name, task in tasks.items()}
 
 
 def main() -> None:
@@ -133,14 +134,14 @@ def main() -> None:
     if args.cleandiffuser_python:
         pythons["cleandiffuser"] = args.cleandiffuser_python
     rows = []
-    for preset in (*SIZES, "cpu"):
+    for preset in (*SIZES, "cpu", "cpu2"):
         commands = {
             name: [python, __file__, "--worker", name, preset, "--cleandiffuser-dir", args.cleandiffuser_dir]
             for name, python in pythons.items()
             if name == "sb3_diffrl" or preset in SIZES
         }
-        both, ours = tuple(pythons), ("sb3_diffrl",)
-        tasks = [("plan", 10, both), ("mcss", 2, both), ("update", 5, both), ("pg", 10, ours), ("plan of 16", 5, ours)]
+        both, ours, updates = tuple(commands), ("sb3_diffrl",), 5 if preset == "maze" else 15
+        tasks = [("plan", 10, both), (f"plan of {ENVS}", 5, both), ("mcss", 2, both), ("update", updates, both), ("pg", 10, ours)]
         rows += measure(commands, [(f"{preset} {task}", count, names) for task, count, names in tasks], args.rounds, THREADS)
     command = "python benchmarks/planning_speed.py"
     if args.cleandiffuser_python:
