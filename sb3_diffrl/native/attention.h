@@ -49,13 +49,31 @@ INLINE void score(const struct heads *s, const float *rows, const float *turned,
     for (; i < s->n_queries; i++) score_rows(s, 1, rows + i * s->ld_query, turned, scores + i * whole);
 }
 
+INLINE float largest_of_lanes(vec v) {
+    float values[LANES];
+    memcpy(values, &v, sizeof values);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int l = 0; l < width; l++) values[l] = values[l] > values[l + width] ? values[l] : values[l + width];
+    return values[0];
+}
+
+static const int LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* Of n scores; zero beyond them, up to a whole vector */
 INLINE void softmax(long n, float factor, float *scores) {
-    float largest = -INFINITY, total = 0;
-    for (long k = 0; k < n; k++) largest = scores[k] > largest ? scores[k] : largest;
-    for (long k = n; k < whole_vectors(n); k++) scores[k] = largest;
-    for (long k = 0; k < whole_vectors(n); k += LANES) *(vec *)(scores + k) = exponential(factor * (*(vec *)(scores + k) - largest));
-    for (long k = 0; k < n; k++) total += scores[k];
-    for (long k = 0; k < whole_vectors(n); k += LANES) *(vec *)(scores + k) /= total;
+    const vec zero = {0};
+    vec most = zero - INFINITY, sums = zero;
+    for (long k = 0; k < n; k += LANES) {
+        vec here = choose(*(const veci *)LANE < (int)(n - k), *(const vec *)(scores + k), zero - INFINITY);
+        most = choose(here > most, here, most);
+    }
+    float largest = largest_of_lanes(most);
+    for (long k = 0; k < n; k += LANES) {
+        vec here = exponential(factor * (*(const vec *)(scores + k) - largest));
+        sums += *(vec *)(scores + k) = choose(*(const veci *)LANE < (int)(n - k), here, zero);
+    }
+    float total = sum_of_lanes(sums);
+    for (long k = 0; k < n; k += LANES) *(vec *)(scores + k) /= total;
 }
 
 /* The sum of n rows of `count` whole vectors, ld apart, times weights that are `stride` apart */
