@@ -111,7 +111,8 @@ def test_a_trajectory_shorter_than_the_longest_is_taken_and_a_longer_one_refused
 
 @pytest.mark.parametrize("n_given", [0, 1, 3, 4, 6])
 def test_given_steps_come_out_as_zero_and_the_others_as_they_are(n_given: int) -> None:
-    model = randomised(DiT1d(3, max_length=4, cond_dim=2, d_model=16, head_dim=8, n_given=n_given))
+    model = DiT1d(3, max_length=4, cond_dim=2, d_model=16, head_dim=8, n_given=n_given)
+    randomised(model)
     x, time, cond = th.randn(5, 4, 3), th.rand(5), th.randn(5, 2)
     output = model(x, time, cond)
     assert output.shape == x.shape
@@ -437,7 +438,8 @@ def test_fast_layers_leave_what_transforms_tensors_to_torch(layer: nn.Module) ->
     th.testing.assert_close(th.vmap(layer)(x[None].expand(2, -1, -1))[1], layer(x))
     th.testing.assert_close(th.func.jvp(loss, (x,), (x,))[1], (expected * x).sum(), rtol=1e-3, atol=1e-2)
     with forward_ad.dual_level():
-        slope = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, x))).tangent
+        dual = forward_ad.make_dual(x, x)  # type: ignore[no-untyped-call]
+        slope = forward_ad.unpack_dual(loss(dual)).tangent  # type: ignore[no-untyped-call]
         th.testing.assert_close(slope, (expected * x).sum(), rtol=1e-3, atol=1e-2)
     output = layer(y)
     (batched,) = th.autograd.grad(output, y, th.stack([2 * output.detach()] * 2), is_grads_batched=True)

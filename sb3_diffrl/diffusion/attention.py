@@ -40,9 +40,9 @@ def attention(query: th.Tensor, key_value: th.Tensor, head_dim: int) -> th.Tenso
 
 def torch_attention(query: th.Tensor, key_value: th.Tensor, head_dim: int) -> th.Tensor:
     """``attention()`` by torch alone."""
-    heads = (query.shape[2] // head_dim, head_dim)
+    n_heads = query.shape[2] // head_dim
     # (batch, n, d_model) -> (batch, n_heads, n, head_dim)
-    q, k, v = (x.unflatten(2, heads).transpose(1, 2) for x in (query, *key_value.chunk(2, dim=2)))
+    q, k, v = (x.reshape(*x.shape[:2], n_heads, head_dim).transpose(1, 2) for x in (query, *key_value.chunk(2, dim=2)))
     if query.device.type != "cpu" or k.shape[2] > SHORT:
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
     else:

@@ -187,7 +187,8 @@ def ddim_transformer(
     kept = (vectors.detach().float().contiguous(), th.tensor(coefficients), network.positions.contiguous(), is_fixed, plans)
     vectors_, coefficients_, positions, *_ = kept
     d_model, depth = network.output.in_features, len(network.blocks)
-    struct = _Transformer(in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, min(n_given, length), clip or math.inf)
+    sizes = (in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, min(n_given, length))
+    struct = _Transformer(*sizes, clip or math.inf)
     packed = _pack(network, struct, "transformer", _linears(network))
     struct.packed, struct.positions, struct.vectors = packed.data_ptr(), positions.data_ptr(), vectors_.data_ptr()
     struct.coefficients, struct.is_fixed, struct.plans = coefficients_.data_ptr(), is_fixed.data_ptr(), plans.data_ptr()
