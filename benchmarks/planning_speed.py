@@ -6,6 +6,7 @@ Same sizes, those of the papers: width 256, depth 2, batch 128, 20 denoising ste
 observations, 6 actions, horizon 4; ``maze``: 4 observations, 2 actions, horizon 32. Two threads; random data. ``plan`` is one
 plan and its action, ``mcss`` the same with 50 candidates, ``update`` a gradient step of planner, critic and inverse dynamics.
 ``plan of 16`` is a plan and an action for each of 16 envs at once, ``pg`` (the package's alone) an action of Prior Guidance.
+``products`` multiplies what the chain of a plan multiplies, for all its denoising steps at once: the arithmetic alone, in torch.
 ``cpu`` is the `cpu` preset of the mazes on one thread, ``cpu2`` on two. Run it while nothing else runs; quote the ratios.
 
 CleanDiffuser is https://github.com/CleanDiffuserTeam/CleanDiffuser; its environment needs torch, einops and torchvision. Writes
@@ -58,6 +59,36 @@ def own_tasks(preset: str) -> dict[str, Task]:
     tasks = {"plan": predict("none", 1), "mcss": predict("mcss", 1), "pg": predict("pg", 1), "update": model.update}
     tasks[f"plan of {ENVS}"] = predict("none", ENVS)
     return {f"{preset} {name}": task for name, task in tasks.items()}
+
+
+def product_tasks(preset: str) -> dict[str, Task]:
+    """The products that the planner's chains are made of, those of all denoising steps at once, as no chain can."""
+    import torch as th
+
+    from sb3_diffrl.planner import PRESETS
+
+    th.set_num_threads(1 if preset == "cpu" else THREADS)
+    if preset in SIZES:
+        obs_dim, _, length, _ = SIZES[preset]
+        d = WIDTH
+    else:
+        settings = PRESETS["pointmaze"]["cpu"]
+        obs_dim, length, d = 4, settings["horizon"], settings["policy_kwargs"]["d_model"]
+
+    def multiply(n_plans: int) -> Task:
+        block, last = length, length - 1  # in the last block and the output, all steps of a plan but the present state
+        shapes = [(block, obs_dim, d), (last, d, obs_dim)]
+        for kept in (block, last):
+            shapes += [(block, d, 2 * d), (kept, d, d), (kept, d, d), (kept, d, 4 * d), (kept, 4 * d, d)]
+        layers = [(th.randn(PLAN_STEPS * n_plans * rows, n_in), th.randn(n_out, n_in)) for rows, n_in, n_out in shapes]
+
+        def task() -> None:
+            for x, weight in layers:
+                th.nn.functional.linear(x, weight)
+
+        return task
+
+    return {f"{preset} plan": multiply(1), f"{preset} plan of {ENVS}": multiply(ENVS)}
 
 
 def cleandiffuser_tasks(preset: str, folder: str) -> dict[str, Task]:
@@ -128,9 +159,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         name, preset = args.worker
-        serve(own_tasks(preset) if name == "sb3_diffrl" else cleandiffuser_tasks(preset, args.cleandiffuser_dir))
+        makers = {"sb3_diffrl": own_tasks, "products": product_tasks}
+        serve(makers[name](preset) if name in makers else cleandiffuser_tasks(preset, args.cleandiffuser_dir))
         return
-    pythons = {"sb3_diffrl": sys.executable}
+    pythons = {"sb3_diffrl": sys.executable, "products": sys.executable}
     if args.cleandiffuser_python:
         pythons["cleandiffuser"] = args.cleandiffuser_python
     rows = []
@@ -138,10 +170,11 @@ def main() -> None:
         commands = {
             name: [python, __file__, "--worker", name, preset, "--cleandiffuser-dir", args.cleandiffuser_dir]
             for name, python in pythons.items()
-            if name == "sb3_diffrl" or preset in SIZES
+            if name != "cleandiffuser" or preset in SIZES
         }
-        both, ours, updates = tuple(commands), ("sb3_diffrl",), 5 if preset == "maze" else 15
-        tasks = [("plan", 10, both), (f"plan of {ENVS}", 5, both), ("mcss", 2, both), ("update", updates, both), ("pg", 10, ours)]
+        everyone, both, updates = tuple(commands), ("sb3_diffrl", "cleandiffuser"), 5 if preset == "maze" else 15
+        tasks = [("plan", 10, everyone), (f"plan of {ENVS}", 5, everyone), ("mcss", 2, both), ("update", updates, both)]
+        tasks += [("pg", 10, both[:1])]
         rows += measure(commands, [(f"{preset} {task}", count, names) for task, count, names in tasks], args.rounds, THREADS)
     command = "python benchmarks/planning_speed.py"
     if args.cleandiffuser_python:
