@@ -59,6 +59,7 @@ TASKS = {
     "medium": Task(_MEDIUM, True, _FAR, 12_000, 4_000),
     "umaze-goal": Task(_UMAZE, False, _MAZE, 8_000, 5_000),
     "medium-goal": Task(_MEDIUM, False, _FAR, 12_000, 4_000),
+    "medium-goal-preset": Task(_MEDIUM, False, _MAZE, 8_000, 5_000),
     # What the planner denoises and predicts, with shorter plans
     "umaze-states": Task(_UMAZE, True, _NEAR, 4_000, 2_000, 10),
     "umaze-displacements": Task(_UMAZE, True, {**_NEAR, **_RELATIVE, **_PLAN}, 4_000, 2_000, 10),
