@@ -9,18 +9,10 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 
-class Interrupt(KeyboardInterrupt):
-    """A ``KeyboardInterrupt`` that leaves the exit code to the program that catches it.
-
-    Once a ``KeyboardInterrupt`` itself has crossed an ``exec``, as those within ``dataclass``, Python ends by SIGINT,
-    whichever code was asked for.
-    """
-
-
 class StopOnSignal(BaseCallback):
     """Ends training at the next step when the user presses Ctrl-C or the system says terminate, so that the model can be saved.
 
-    A second signal ends it at once, by an :class:`Interrupt`. Signals are caught in a ``with`` block::
+    A second signal ends it at once, by a ``KeyboardInterrupt``. Signals are caught in a ``with`` block::
 
         with StopOnSignal() as stop:
             model.learn(100_000, callback=stop)
@@ -44,7 +36,7 @@ class StopOnSignal(BaseCallback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.signal:
-            raise Interrupt
+            raise KeyboardInterrupt
         self.signal = number
         print("\nStopping at the next step, to save; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 

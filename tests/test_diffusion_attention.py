@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch as th
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_diffrl.diffusion import attention as attention_module
 from sb3_diffrl.diffusion.attention import SHORT, attention, torch_attention
 from sb3_diffrl.native import library
 
 Attention = Callable[[th.Tensor, th.Tensor, int], th.Tensor]
+Transform = Callable[[th.Tensor], th.Tensor]
 WAYS = pytest.mark.parametrize("attend", [attention, torch_attention], ids=["compiled", "torch"])
 
 
@@ -145,6 +148,75 @@ def test_what_transforms_tensors_is_left_to_torch() -> None:
         assert attention(query, key_value, 8).dtype == th.bfloat16
     traced = th.jit.trace(lambda q: attention(q, key_value, 8), query)  # type: ignore[no-untyped-call]
     th.testing.assert_close(traced(query), attention(query, key_value, 8))
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (lambda x: x.transpose(0, -1).contiguous(), lambda x: x.transpose(0, -1)),
+        (lambda x: x.bfloat16(), lambda x: x.float()),
+        (lambda x: x.double(), lambda x: x),
+    ],
+    ids=["turned", "rounded", "another type"],
+)
+def test_saved_tensors_may_come_back_in_another_form(pack: Transform, unpack: Transform) -> None:
+    gradients = []
+    for attend, hooks in ((torch_attention, nullcontext()), (attention, th.autograd.graph.saved_tensors_hooks(pack, unpack))):
+        query, key_value = (x.requires_grad_() for x in inputs(5, 4, 6, 16))
+        with hooks:
+            result = attend(query, key_value, 8)
+        gradients.append(th.autograd.grad(result, (query, key_value), result.detach().cos()))
+    for expected, gradient in zip(*gradients, strict=True):
+        th.testing.assert_close(gradient, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [th.float16, th.float64])
+def test_torchs_default_type_and_device_do_not_matter(dtype: th.dtype) -> None:
+    query, key_value = (x.requires_grad_() for x in inputs(50, 32, 32, 64))
+    expected = attention(query, key_value, 8)
+    expected_gradient = th.autograd.grad(expected.sum(), query)[0]
+    th.set_default_dtype(dtype)
+    try:
+        with th.device("meta"):
+            result = attention(query, key_value, 8)
+            (gradient,) = th.autograd.grad(result, query, th.ones_like(result, device="cpu"))
+    finally:
+        th.set_default_dtype(th.float32)
+    assert th.equal(result, expected)
+    th.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dispatch_modes_see_what_is_computed() -> None:
+    query, key_value = inputs(3, 4, 5, 16)
+    graph = make_fx(lambda q: attention(q, key_value, 8))(query)
+    other = query + 1
+    th.testing.assert_close(graph(other), attention(other, key_value, 8))
+
+
+def test_tensors_that_torch_has_yet_to_negate_or_to_fill() -> None:
+    query, key_value = inputs(3, 4, 5, 16)
+    negative = th._neg_view(query)
+    assert negative.is_neg()
+    th.testing.assert_close(attention(negative, key_value, 8), attention(-query, key_value, 8))
+    y = query.clone().requires_grad_()
+    (expected,) = th.autograd.grad(attention(y, key_value, 8), y, -query)
+    th.testing.assert_close(th.autograd.grad(attention(y, key_value, 8), y, negative)[0], expected)
+    nothing = th._efficientzerotensor(query.shape)
+    assert not th.autograd.grad(attention(y, key_value, 8), y, nothing)[0].any()
+
+
+def test_a_gradient_that_is_differentiated_forwards_keeps_its_tangent() -> None:
+    query, key_value = inputs(3, 4, 5, 16)
+    y = query.clone().requires_grad_()
+    tangents = []
+    for attend in (torch_attention, attention):
+        result = attend(y, key_value, 8)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(query, 2 * query)  # type: ignore[no-untyped-call]
+            (gradient,) = th.autograd.grad(result, y, dual)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)  # type: ignore[no-untyped-call]
+    th.testing.assert_close(*tangents)
 
 
 def test_other_layouts_and_types() -> None:

@@ -125,9 +125,30 @@ def test_given_steps_come_out_as_zero_and_the_others_as_they_are(n_given: int) -
         th.testing.assert_close(here, model(x, time[:1].expand(5), c), rtol=1e-4, atol=1e-5)
 
 
-def test_a_negative_number_of_given_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="n_given"):
-        DiT1d(3, max_length=4, d_model=16, head_dim=8, n_given=-1)
+@pytest.mark.parametrize(("name", "value"), [("n_given", -1), ("n_given", 1.0), ("head_dim", -8), ("head_dim", 0)])
+def test_sizes_that_are_none_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        DiT1d(3, max_length=4, **{"d_model": 16, "head_dim": 8, name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(library.load() is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [th.float16, th.float64])
+def test_compiled_chains_do_not_depend_on_torchs_default_type(dtype: th.dtype) -> None:
+    times, coefficients = th.tensor([1.0, 0.5]), [(1.0, -0.5, 0.4, 0.6), (1.0, -0.2, 0.0, 1.0)]
+    dit, mlp = DiT1d(3, 4, d_model=16, head_dim=8), MlpDenoiser(3, 0, [16, 16])
+    randomised(dit)
+    vectors, terms = dit.vectors_at(times).detach(), mlp.time_terms(times).detach()
+    results = []
+    for default in (th.float32, dtype):
+        native._remembered.clear()
+        th.set_default_dtype(default)
+        try:
+            plans = native.ddim_transformer(dit.transformer, vectors, coefficients, th.ones(5, 4, 3, dtype=th.float32), None, None)
+            actions = native.ddim_perceptron(mlp, terms, None, coefficients, th.ones(5, 3, dtype=th.float32), None)
+        finally:
+            th.set_default_dtype(th.float32)
+        results.append((plans, actions))
+    assert all(map(th.equal, *results))
 
 
 def test_dit_depends_on_time_and_condition_row_by_row() -> None:
@@ -320,8 +341,8 @@ def test_compiled_chains_see_weights_that_change_and_do_not_depend_on_the_batch(
     model.denoiser_ema.module.load_state_dict({k: 1.1 * v for k, v in network.state_dict().items()})
     after = model.sample(start, None, 4)
     assert not th.allclose(after, before, rtol=1e-2)
-    model.use_native = False
-    th.testing.assert_close(after, model.sample(start, None, 4), rtol=1e-3, atol=1e-3)
+    exact = model.double().sample(start.double(), None, 4)
+    th.testing.assert_close(after, exact.float(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(library.load() is None, reason="no C compiler")

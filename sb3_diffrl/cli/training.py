@@ -151,6 +151,11 @@ def run_tune(args: argparse.Namespace) -> int:
     return 128 + interrupt.noted if interrupt.noted else 0
 
 
+class _Interrupt(KeyboardInterrupt):
+    # A plain one that crosses an `exec`, as those within `dataclass`, lets `python -m` end by SIGINT whatever the exit code.
+    pass
+
+
 class _NotedInterrupt:
     """Notes a Ctrl-C, which RL Zoo keeps to itself, and takes SIGTERM for one."""
 
@@ -158,9 +163,6 @@ class _NotedInterrupt:
     noted = 0
 
     def __enter__(self) -> "_NotedInterrupt":
-        from sb3_diffrl.callbacks import Interrupt
-
-        self._interrupt = Interrupt
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -170,7 +172,7 @@ class _NotedInterrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.noted = number
-        raise self._interrupt
+        raise _Interrupt
 
 
 def _recall(args: argparse.Namespace) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_diffrl.diffusion.layers import is_plain, is_seen
-from sb3_diffrl.native.library import load, longs, pointers, work_memory
+from sb3_diffrl.diffusion.layers import is_for_torch, is_plain, is_seen
+from sb3_diffrl.native.library import floats, load, longs, pointers, work_memory
 
 # On a CPU, torch's fused kernel takes blocks of 32 steps: up to this length plain products are two to four times as fast
 SHORT = 64
@@ -64,19 +64,22 @@ class _AttentionFunction(th.autograd.Function):
         library, result = load(), th.empty_like(query)
         assert library is not None
         struct = _Attention(*query.shape[:2], key_value.shape[1], query.shape[2], head_dim)
-        weights = th.empty(library.attention_weights_floats(ctypes.byref(struct)))
+        weights = floats(library.attention_weights_floats(ctypes.byref(struct)))
         struct.query, struct.key_value, struct.weights, struct.result = (x.data_ptr() for x in (query, key_value, weights, result))
         _run(library.attention_forward, struct)
         ctx.save_for_backward(query, key_value, weights)
-        ctx.head_dim = head_dim
+        ctx.head_dim, ctx.shapes = head_dim, [query.shape, key_value.shape, weights.shape]
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        library, (query, key_value, weights) = load(), ctx.saved_tensors
+        library, saved = load(), ctx.saved_tensors
         assert library is not None
         gradient = gradient.contiguous()
-        if th.is_grad_enabled() or not is_plain(gradient):  # a second derivative may be asked for
+        # Hooks of the user's may have given what was saved back in another form
+        is_as_saved = all(map(is_plain, saved)) and ctx.shapes == [x.shape for x in saved]
+        query, key_value, weights = saved
+        if is_for_torch(gradient) or not is_as_saved:
             return (*_torch_backward(query, key_value, ctx.head_dim, gradient, ctx.needs_input_grad), None)
         gradients = th.empty_like(query), th.empty_like(key_value)
         struct = _Attention(*query.shape[:2], key_value.shape[1], query.shape[2], ctx.head_dim)

@@ -140,8 +140,8 @@ class DiT1d(nn.Module):
         n_given: int = 0,
     ) -> None:
         super().__init__()
-        if n_given < 0:
-            raise ValueError(f"`n_given` must be at least 0, got {n_given}.")
+        if not isinstance(n_given, int) or n_given < 0:
+            raise ValueError(f"`n_given` must be an integer of at least 0, got {n_given!r}.")
         dim = time_embedding_dim
         self.n_given = n_given
         self.time_embedding = TimeEmbedding(FourierEmbedding(dim), dim, d_model, d_model, nn.SiLU)

@@ -22,15 +22,22 @@ def is_plain(x: th.Tensor) -> bool:
         and x.dtype == th.float32
         and x.device.type == "cpu"
         and x.is_contiguous()
+        and not x.is_neg()
+        and not x._is_zerotensor()
         and not th._C._functorch.is_functorch_wrapped_tensor(x)
         and not th._C._functorch.is_legacy_batchedtensor(x)
     )
 
 
 def is_seen() -> bool:
-    """Whether tracing, a compiler, autocast or forward differentiation has to see what is computed now."""
-    is_traced = bool(th._C._get_tracing_state()) or th.compiler.is_compiling()
+    """Whether tracing, a compiler, a dispatch mode, autocast or forward differentiation has to see what is computed now."""
+    is_traced = bool(th._C._get_tracing_state()) or th.compiler.is_compiling() or th._C._len_torch_dispatch_stack() > 0
     return is_traced or th.is_autocast_enabled("cpu") or forward_ad._current_level >= 0
+
+
+def is_for_torch(gradient: th.Tensor) -> bool:
+    """Whether torch has to compute what this gradient becomes: a derivative of it may be asked for, or something has to see it."""
+    return th.is_grad_enabled() or is_seen() or not is_plain(gradient)
 
 
 def _is_fast(x: th.Tensor, size: int, least: int) -> bool:
@@ -50,7 +57,7 @@ class _LinearFunction(th.autograd.Function):
         (x, weight), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
         x_gradient, weight_gradient, bias_gradient = None, None, None
         if ctx.needs_input_grad[0]:
-            if th.is_grad_enabled() or not is_plain(gradient) or _linear is None:  # a second derivative may be asked for
+            if is_for_torch(gradient) or _linear is None:
                 x_gradient = (rows @ weight).view(x.shape)
             else:
                 x_gradient = _linear(rows, weight.T, None, "none", [], "").view(x.shape)
@@ -89,7 +96,8 @@ class _GeluFunction(th.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
         library, (x,) = load(), ctx.saved_tensors
-        if th.is_grad_enabled() or not is_plain(gradient):  # a second derivative may be asked for
+        # Hooks of the user's may have given x back in another form
+        if is_for_torch(gradient) or not is_plain(x) or x.shape != gradient.shape:
             result: th.Tensor = th.ops.aten.gelu_backward(gradient, x, approximate="tanh")
             return result
         assert library is not None

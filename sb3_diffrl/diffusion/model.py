@@ -49,7 +49,7 @@ class DiffusionModel(nn.Module):
         self.process = process
         self.denoiser_ema = AveragedModel(denoiser, multi_avg_fn=MovingAverage(ema_decay))
         self.denoiser_ema.requires_grad_(False)
-        #: Run DDIM chains in compiled C where that can be done; set it to ``False`` for torch alone
+        #: Run DDIM chains in compiled C where that can be done; ``False`` for the modules of torch, step by step
         self.use_native = True
 
     def _denoise(self, network: Callable[..., th.Tensor], *cond: th.Tensor | None) -> Denoise:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_diffrl.diffusion.denoisers import MlpDenoiser
 from sb3_diffrl.diffusion.transformer import Block, Transformer1d
-from sb3_diffrl.native.library import ints, load, long_array, longs, pointer_array, pointers, work_memory
+from sb3_diffrl.native.library import floats, ints, load, long_array, longs, pointer_array, pointers, work_memory
 
 # Widths of a transformer must be whole vectors of the C code, on any processor.
 LANES = 16
@@ -69,6 +69,10 @@ def _float32_on_cpu(weight: th.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == th.float32 and load() is not None
 
 
+def _as_floats(coefficients: Coefficients) -> th.Tensor:
+    return th.tensor(coefficients, dtype=th.float32, device="cpu")
+
+
 def supports(network: nn.Module) -> bool:
     """Whether the compiled code can run this network: float32 on a CPU, a transformer of a width that fills vector registers, or a
     perceptron with hidden layers and activations of ``ACTIVATIONS``. A subclass may compute something else.
@@ -111,9 +115,9 @@ def _pack(
         assert library is not None, "no compiled library: see `load()`"
         weights = [part_of(i, layer.weight.detach()).contiguous() for i, layer in enumerate(layers)]
         biases = [layer.bias.detach().contiguous() for layer in layers]
-        floats = th.empty(getattr(library, f"{kind}_packed_floats")(ctypes.byref(struct)))
-        getattr(library, f"{kind}_pack")(ctypes.byref(struct), pointer_array(weights), pointer_array(biases), floats.data_ptr())
-        return floats
+        packed = floats(getattr(library, f"{kind}_packed_floats")(ctypes.byref(struct)))
+        getattr(library, f"{kind}_pack")(ctypes.byref(struct), pointer_array(weights), pointer_array(biases), packed.data_ptr())
+        return packed
 
     return remember(network, "packed", [tensor for layer in layers for tensor in (layer.weight, layer.bias)], pack)
 
@@ -145,7 +149,7 @@ def ddim_perceptron(
     with th.no_grad():
         base = network.condition_terms(cond)
     # The struct points into all of these
-    kept = (base.expand(batch, -1).contiguous(), time_terms.detach().contiguous(), th.tensor(coefficients))
+    kept = (base.expand(batch, -1).contiguous(), time_terms.detach().contiguous(), _as_floats(coefficients))
     widths = long_array([layer.in_features for layer in others])
     activation = ACTIVATIONS[type(hidden[1])]
     struct = _Perceptron(x_dim, len(others), len(coefficients), batch, activation, clip or math.inf, ctypes.addressof(widths))
@@ -182,9 +186,9 @@ def ddim_transformer(
     assert library is not None, "no compiled library: see `load()`"
     plans = start.detach().float().clone(memory_format=th.contiguous_format)
     batch, length, in_dim = plans.shape
-    is_fixed = th.zeros(length, in_dim) if fixed_mask is None else fixed_mask.float().expand(length, in_dim).contiguous()
+    is_fixed = floats(length, in_dim).copy_(th.zeros((), device="cpu") if fixed_mask is None else fixed_mask)
     # The struct points into all of these
-    kept = (vectors.detach().float().contiguous(), th.tensor(coefficients), network.positions.contiguous(), is_fixed, plans)
+    kept = (vectors.detach().float().contiguous(), _as_floats(coefficients), network.positions.contiguous(), is_fixed, plans)
     vectors_, coefficients_, positions, *_ = kept
     d_model, depth = network.output.in_features, len(network.blocks)
     sizes = (in_dim, length, d_model, network.head_dim, depth, len(vectors_), batch, min(n_given, length))

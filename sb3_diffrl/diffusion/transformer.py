@@ -109,7 +109,7 @@ class Transformer1d(nn.Module):
         head_dim: int = 64,
     ) -> None:
         super().__init__()
-        if d_model % head_dim or d_model % 2:
+        if head_dim < 1 or d_model % head_dim or d_model % 2:
             raise ValueError(f"`d_model` must be even and a multiple of `head_dim`, got d_model={d_model} and head_dim={head_dim}.")
         if depth < 1:
             raise ValueError(f"`depth` must be at least 1, got {depth}.")

@@ -10,7 +10,17 @@ from torch import nn
 
 from sb3_diffrl.lql.activations import Mish
 from sb3_diffrl.lql.langevin import ChainDraws, LangevinSampler
-from sb3_diffrl.native.library import ints, load, long_array, longs, multiplies_bfloat16, pointer_array, pointers, work_memory
+from sb3_diffrl.native.library import (
+    floats,
+    ints,
+    load,
+    long_array,
+    longs,
+    multiplies_bfloat16,
+    pointer_array,
+    pointers,
+    work_memory,
+)
 
 MAX_HIDDEN, MAX_CRITICS = 16, 64
 # Rows of a first layer that take the embedding of the noise level, as wide as the critic makes it
@@ -42,7 +52,7 @@ class _Mlp(ctypes.Structure):
 @lru_cache(maxsize=16)
 def chain_scales(sampler: LangevinSampler, device: th.device | str = "cpu") -> th.Tensor:
     """Factors of the drift and of the noise at each level, ``(2, n_levels)``."""
-    step_sizes = th.tensor(sampler.step_sizes, dtype=th.float64)
+    step_sizes = th.tensor(sampler.step_sizes, dtype=th.float64, device="cpu")
     return th.stack([0.5 * sampler.inverse_temperature * step_sizes, step_sizes.sqrt()]).float().to(device)
 
 
@@ -158,12 +168,12 @@ class _StackedMlp(th.autograd.Function):
         _check_layers(weights, biases)
         n_models, batch = len(weights[0]), inputs.shape[-2]
         _check_shape("inputs", inputs, (*((n_models,) if inputs.ndim == 3 else ()), batch, weights[0].shape[1]))
-        outputs = th.empty(n_models, batch, weights[-1].shape[2])
+        outputs = floats(n_models, batch, weights[-1].shape[2])
         widths = [weights[0].shape[1], *(weight.shape[2] for weight in weights)]
         arrays = [long_array(widths), pointer_array(weights), pointer_array(biases)]
         pointers = [*map(ctypes.addressof, arrays), inputs.data_ptr()]
         mlp = _Mlp(n_models, batch, len(weights), ACTIVATIONS[activation], inputs.ndim == 2, *pointers)
-        saved = th.empty(library.mlp_saved_floats(ctypes.byref(mlp)) if learns else 0)
+        saved = floats(library.mlp_saved_floats(ctypes.byref(mlp)) if learns else 0)
         mlp.saved, mlp.outputs = saved.data_ptr() if learns else None, outputs.data_ptr()
         memory = work_memory(library.mlp_memory_floats(ctypes.byref(mlp)))
         library.mlp_forward(ctypes.byref(mlp), memory.data_ptr(), min(th.get_num_threads(), n_models))
@@ -180,7 +190,7 @@ class _StackedMlp(th.autograd.Function):
         output_gradient = output_gradient.float().contiguous()
         gradients = [th.empty_like(tensor) for tensor in (*weights, *biases)]
         weight_gradients, bias_gradients = gradients[: len(weights)], gradients[len(weights) :]
-        input_gradient = th.empty(mlp.n_models, *inputs.shape[-2:]) if ctx.needs_input_grad[2] else None
+        input_gradient = floats(mlp.n_models, *inputs.shape[-2:]) if ctx.needs_input_grad[2] else None
         arrays = [pointer_array(weight_gradients), pointer_array(bias_gradients)]
         mlp.output_gradient = output_gradient.data_ptr()
         mlp.weight_gradients, mlp.bias_gradients = map(ctypes.addressof, arrays)

@@ -127,12 +127,17 @@ def _declare(function: Any, argtypes: list[Any], restype: Any) -> None:
     function.argtypes, function.restype = argtypes, restype
 
 
+def floats(*shape: int) -> th.Tensor:
+    """Floats for the C code, whatever torch's default type and device are, with any contents."""
+    return th.empty(shape, dtype=th.float32, device="cpu")
+
+
 def work_memory(n_floats: int) -> th.Tensor:
     """Floats to work in, of this thread, with any contents."""
     # Kept for the next call: megabytes fresh from the system cost as much as filling them.
     memory: th.Tensor | None = getattr(_of_thread, "memory", None)
     if memory is None or len(memory) < n_floats:
-        memory = _of_thread.memory = th.empty(n_floats)
+        memory = _of_thread.memory = floats(n_floats)
     return memory
 
 

@@ -23,7 +23,7 @@ def total_norm(tensors: Sequence[th.Tensor]) -> th.Tensor:
     if library is None or not all(map(_is_plain, tensors)):
         return th.nn.utils.get_total_norm(tensors)
     sizes = [x.numel() for x in tensors]
-    sums = th.empty(len(tensors), dtype=th.float64)
+    sums = th.empty(len(tensors), dtype=th.float64, device="cpu")
     n_threads = max(1, min(th.get_num_threads(), sum(sizes) // MIN_PER_THREAD))
     norm = library.total_norm(pointer_array(tensors), long_array(sizes), sums.data_ptr(), len(tensors), n_threads)
-    return th.tensor(norm)
+    return th.tensor(norm, dtype=th.float32, device="cpu")

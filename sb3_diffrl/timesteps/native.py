@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch as th
 from torch import nn
 
-from sb3_diffrl.native.library import load, long_array, longs, pointer_array, pointers, work_memory
+from sb3_diffrl.native.library import floats, load, long_array, longs, pointer_array, pointers, work_memory
 
 LARGEST_SEED = 2**63 - 1
 
@@ -64,7 +64,7 @@ def draw(
     assert library is not None, "no compiled library: see `load()`"
     x0, cumulative = x0.flatten(1).contiguous(), cumulative.float().contiguous()
     seed = int(th.randint(LARGEST_SEED, (), generator=generator))
-    drawn = Drawn(*(th.empty(shape, dtype=th.float32, device="cpu") for shape in ((len(x0), 2), len(x0), len(x0))))
+    drawn = Drawn(*(floats(*shape) for shape in ((len(x0), 2), (len(x0),), (len(x0),))))
     low, high = log_range
     struct = _BetaPolicy(len(x0), len(layers), len(cumulative) - 1, seed, low, high - low, uniform_floor, importance)
     # The struct points into all of these
