@@ -21,7 +21,7 @@ from scipy import stats
 
 SOURCE = RESULTS / "planning"
 # The time limits of the mazes.
-EPISODE_STEPS = {"umaze": 300, "medium": 600, "umaze-goal": 300, "medium-goal": 600}
+EPISODE_STEPS = {"umaze": 300, "medium": 600, "umaze-goal": 300, "medium-goal": 600, "medium-goal-preset": 600}
 LOCOMOTION = ("halfcheetah-medium", "halfcheetah-medium-replay", "hopper-medium", "hopper-medium-replay")
 # Tasks that are compared
 SAMPLERS = {"uniform": "umaze-uniform", "adaptive": "umaze-adaptive"}
@@ -237,7 +237,7 @@ def main() -> None:
         if task not in (*EPISODE_STEPS, *LOCOMOTION) or not results:
             continue
         (TABLES / f"planning-{task}.md").write_text(table(task, results))
-        if not task.endswith("-goal"):
+        if "-goal" not in task:
             value_figure(results, FIGURES / f"planning-{task}-value.png")
     (TABLES / "planning-denoised.md").write_text(denoised_table())
     (TABLES / "planning-plans.md").write_text(plans_table())
