@@ -7,10 +7,10 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_diffrl.diffusion.layers import is_for_torch, is_plain, is_seen
-from sb3_diffrl.native.library import floats, load, longs, pointers, work_memory
+from sb3_diffrl.diffusion.layers import is_for_torch, is_seen
+from sb3_diffrl.native.library import floats, is_plain, load, longs, pointers, work_memory
 
-# On a CPU, torch's fused kernel takes blocks of 32 steps: up to this length plain products are two to four times as fast
+# On a CPU, torch's fused kernel takes blocks of 32 steps: up to this length plain products are faster, and compiled ones more so
 SHORT = 64
 # Numbers from which another thread brings more than it costs
 MIN_PER_THREAD = 2**14

@@ -6,27 +6,13 @@ import torch as th
 from torch import nn
 from torch.autograd import forward_ad
 
-from sb3_diffrl.native.library import load
+from sb3_diffrl.native.library import is_plain, load
 
 # Rows from which oneDNN's products are faster, numbers from which GELU is, and from which another thread brings more than it costs
 MIN_ROWS, MIN_NUMBERS, MIN_PER_THREAD = 256, 2**14, 2**15
 # oneDNN's product with its bias, which torch's own compiler uses, too; `torch.nn.functional.linear` copies the bias first and then
 # adds MKL's product.
 _linear = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
-
-
-def is_plain(x: th.Tensor) -> bool:
-    """Whether these are floats in a row in a CPU's memory, whose operations no transform (``torch.func``) has to see."""
-    return (
-        type(x) is th.Tensor
-        and x.dtype == th.float32
-        and x.device.type == "cpu"
-        and x.is_contiguous()
-        and not x.is_neg()
-        and not x._is_zerotensor()
-        and not th._C._functorch.is_functorch_wrapped_tensor(x)
-        and not th._C._functorch.is_legacy_batchedtensor(x)
-    )
 
 
 def is_seen() -> bool:

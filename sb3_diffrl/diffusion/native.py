@@ -186,7 +186,9 @@ def ddim_transformer(
     assert library is not None, "no compiled library: see `load()`"
     plans = start.detach().float().clone(memory_format=th.contiguous_format)
     batch, length, in_dim = plans.shape
-    is_fixed = floats(length, in_dim).copy_(th.zeros((), device="cpu") if fixed_mask is None else fixed_mask)
+    is_fixed = floats(length, in_dim).zero_()
+    if fixed_mask is not None:
+        is_fixed.copy_(fixed_mask)
     # The struct points into all of these
     kept = (vectors.detach().float().contiguous(), _as_floats(coefficients), network.positions.contiguous(), is_fixed, plans)
     vectors_, coefficients_, positions, *_ = kept

@@ -132,6 +132,20 @@ def floats(*shape: int) -> th.Tensor:
     return th.empty(shape, dtype=th.float32, device="cpu")
 
 
+def is_plain(x: th.Tensor) -> bool:
+    """Whether C may read these: floats in a row in a CPU's memory, whose operations no transform (``torch.func``) has to see."""
+    return (
+        type(x) is th.Tensor
+        and x.dtype == th.float32
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and not th._C._functorch.is_functorch_wrapped_tensor(x)
+        and not th._C._functorch.is_legacy_batchedtensor(x)
+    )
+
+
 def work_memory(n_floats: int) -> th.Tensor:
     """Floats to work in, of this thread, with any contents."""
     # Kept for the next call: megabytes fresh from the system cost as much as filling them.

@@ -4,14 +4,10 @@ from collections.abc import Sequence
 
 import torch as th
 
-from sb3_diffrl.native.library import load, long_array, pointer_array
+from sb3_diffrl.native.library import is_plain, load, long_array, pointer_array
 
 # Numbers from which another thread brings more than it costs
 MIN_PER_THREAD = 2**19
-
-
-def _is_plain(x: th.Tensor) -> bool:
-    return x.dtype == th.float32 and x.device.type == "cpu" and x.is_contiguous()
 
 
 def total_norm(tensors: Sequence[th.Tensor]) -> th.Tensor:
@@ -20,7 +16,7 @@ def total_norm(tensors: Sequence[th.Tensor]) -> th.Tensor:
     :return: scalar; not finite if one of the numbers is not
     """
     library = load()
-    if library is None or not all(map(_is_plain, tensors)):
+    if library is None or not all(map(is_plain, tensors)):
         return th.nn.utils.get_total_norm(tensors)
     sizes = [x.numel() for x in tensors]
     sums = th.empty(len(tensors), dtype=th.float64, device="cpu")
