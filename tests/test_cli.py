@@ -366,6 +366,13 @@ def test_errors_say_what_to_do(
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_wrong_action_space_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = say(capsys, "train", "--algo", "nclql", "--env", "CartPole-v1", "-n", 5, "-f", tmp_path, code=1)
+    assert "error: The algorithm only supports" in message
+    assert "Discrete(2)" in message
+    assert "Traceback" not in message
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -81,6 +81,8 @@ def _speaks_for_itself(error: Exception) -> bool:
     """Whether an error is the user's to mend, and not one of the program."""
     if isinstance(error, (ValueError, OSError, ImportError)):
         return True
+    if isinstance(error, AssertionError) and error.args:  # Stable-Baselines3's way to refuse a space
+        return True
     from gymnasium.error import DependencyNotInstalled
 
     return isinstance(error, DependencyNotInstalled)
